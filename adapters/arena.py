@@ -1,0 +1,86 @@
+"""One device tensor that holds every resident adapter's operands, byte-exact, addressed by integers.
+
+Must not know: adapters, effects, targets. The tensor is flat: [N units, U elements]; a unit is the greatest common
+divisor of the base's target widths, so that any row of any target is a whole number of units, one budget serves all
+widths, and nothing is padded to a largest rank (docs/adr/0002).
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable
+
+import torch
+
+
+class UnitAllocator:
+    """Hands out contiguous ranges of units, first fit, merging what is freed with its neighbours.
+
+    Note: not thread-safe; `Residency` holds its lock around every call.
+    """
+
+    def __init__(self, units: int) -> None:
+        self._capacity = units
+        self._free_start = [0] if units else []
+        self._free_stop = [units] if units else []
+        self._taken: dict[int, int] = {}
+        self._used = 0
+
+    @property
+    def capacity(self) -> int:
+        """Units in total."""
+        return self._capacity
+
+    @property
+    def used(self) -> int:
+        """Units handed out."""
+        return self._used
+
+    def allocate(self, units: int) -> int | None:
+        """First unit of a contiguous range, or None when no gap is large enough."""
+        assert units > 0
+        for i, (start, stop) in enumerate(zip(self._free_start, self._free_stop, strict=True)):
+            if stop - start < units:
+                continue
+            if stop - start == units:
+                del self._free_start[i], self._free_stop[i]
+            else:
+                self._free_start[i] = start + units
+            self._taken[start] = units
+            self._used += units
+            return start
+        return None
+
+    def free(self, start: int) -> None:
+        """Give back a range by its first unit."""
+        units = self._taken.pop(start)
+        self._used -= units
+        stop = start + units
+        i = bisect.bisect_left(self._free_start, start)
+        if i < len(self._free_start) and self._free_start[i] == stop:
+            stop = self._free_stop[i]
+            del self._free_start[i], self._free_stop[i]
+        if i > 0 and self._free_stop[i - 1] == start:
+            self._free_stop[i - 1] = stop
+        else:
+            self._free_start.insert(i, start)
+            self._free_stop.insert(i, stop)
+
+
+class Arena:
+    """The tensor and its allocator.
+
+    Note: on a CPU the memory is reserved at once but committed by the operating system as it is first written.
+    """
+
+    def __init__(self, widths: Iterable[int], budget_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.unit = math.gcd(*widths)
+        self.unit_bytes = self.unit * dtype.itemsize
+        self.allocator = UnitAllocator(budget_bytes // self.unit_bytes)
+        self.units_NU = torch.empty((self.allocator.capacity, self.unit), dtype=dtype, device=device)
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Copy rows [R, width] to the units from `start` on, cast to the arena's dtype."""
+        units = rows.numel() // self.unit
+        self.units_NU[start : start + units].copy_(rows.reshape(units, self.unit))

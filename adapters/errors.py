@@ -1,0 +1,106 @@
+"""The error tree of motet.adapters.
+
+    AdapterError
+    ├── SourceError              the files cannot be read safely
+    │   ├── SourceNotFoundError
+    │   ├── UnsafePathError
+    │   ├── UnsafeFormatError
+    │   └── CorruptSourceError
+    ├── FormatError              the files do not describe an adapter of this base exactly
+    │   ├── ConfigError
+    │   ├── UnsupportedError     known, but not served (yet): never applied in part
+    │   ├── UnmatchedTensorError
+    │   ├── MissingTensorError
+    │   ├── ShapeError
+    │   └── NonFiniteError
+    └── RegistryError
+        ├── AdapterNotFoundError
+        ├── AdapterExistsError
+        ├── InvalidNameError
+        └── ArenaFullError
+
+Every message names the thing, the value, the limit and the remedy. No message carries a path of the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class AdapterError(Exception):
+    """Base of every error raised by motet.adapters."""
+
+
+class SourceError(AdapterError):
+    """The adapter's files cannot be read safely."""
+
+
+class SourceNotFoundError(SourceError):
+    """There is no adapter at the given place."""
+
+
+class UnsafePathError(SourceError):
+    """The path leaves the roots that loading is confined to."""
+
+
+class UnsafeFormatError(SourceError):
+    """The weights are in a format that can run code when read."""
+
+
+class CorruptSourceError(SourceError):
+    """A file is truncated, contradicts its own header, or exceeds a limit."""
+
+
+class FormatError(AdapterError):
+    """The files are readable but do not describe an adapter of the resident base exactly."""
+
+
+class ConfigError(FormatError):
+    """adapter_config.json has an unknown key or an impossible value."""
+
+
+class UnsupportedError(FormatError):
+    """The adapter uses a feature that cannot be served exactly."""
+
+
+class UnmatchedTensorError(FormatError):
+    """Tensors remain that no rule of the method consumes."""
+
+
+class MissingTensorError(FormatError):
+    """A tensor that the configuration promises is absent."""
+
+
+class ShapeError(FormatError):
+    """A tensor's shape contradicts the base model or the resolved rank."""
+
+
+class NonFiniteError(FormatError):
+    """A tensor holds NaN or infinity."""
+
+
+class RegistryError(AdapterError):
+    """The registry cannot do what was asked."""
+
+
+class AdapterNotFoundError(RegistryError):
+    """No adapter is published under the name."""
+
+
+class AdapterExistsError(RegistryError):
+    """The name is taken and replacement was not asked for."""
+
+
+class InvalidNameError(RegistryError):
+    """The name cannot be given to an adapter."""
+
+
+class ArenaFullError(RegistryError):
+    """The adapter does not fit into the adapter memory that is left."""
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """At most `most` names joined by commas, and how many were left out."""
+    every = sorted(names)
+    head = ", ".join(repr(name) for name in every[:most])
+    return head if len(every) <= most else f"{head} and {len(every) - most} more"

@@ -1,0 +1,273 @@
+"""PEFT's LoRA configuration: which keys mean something, which mean nothing at inference, which are refused.
+
+Must not know: tensors, effects. Every key is in exactly one table below; a key in none is an error, because a key
+that is skipped is how adapters load "successfully" and answer wrongly.
+
+Source: fields of peft 0.21 `LoraConfig` and `PeftConfig`; matching rules as its `check_target_module_exists` and
+`get_pattern_key` define them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from motet.adapters.base import BaseModel
+from motet.adapters.errors import ConfigError, UnsupportedError
+
+Value = TypeVar("Value")
+
+LONGEST_PATTERN = 2_000
+"""Characters of a regular expression that is accepted from a config."""
+
+SERVED = frozenset(
+    "alpha_pattern bias exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias "
+    "peft_type r rank_pattern target_modules use_dora use_rslora".split()
+)
+"""Keys that change the result and are honoured."""
+
+INERT = frozenset(
+    "auto_mapping base_model_name_or_path inference_mode lora_dropout megatron_core monteclora_config peft_version "
+    "qalora_group_size revision runtime_config task_type velora_config".split()
+)
+"""Keys that change training only, or nothing."""
+
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "alora_invocation_tokens": ((None, []), "adapters that switch on at invocation tokens"),
+    "arrow_config": ((None,), "Arrow's per-token routing"),
+    "corda_config": ((None,), "CorDA, which changes the base model"),
+    "ensure_weight_tying": ((None, False), "adapters on tied layers"),
+    "eva_config": ((None,), "EVA"),
+    "fan_in_fan_out": ((None, False), "transposed base weights"),
+    "kasa_config": ((None,), "KaSA, which truncates the base model"),
+    "layer_replication": ((None, []), "replicated layers"),
+    "loftq_config": ((None, {}), "LoftQ, which replaces the base model by its own quantised residual"),
+    "lora_ga_config": ((None,), "LoRA-GA, which changes the base model"),
+    "megatron_config": ((None,), "Megatron layers"),
+    "modules_to_save": ((None, []), "fully trained modules (modules_to_save)"),
+    "target_parameters": ((None, []), "adapters on bare parameters"),
+    "trainable_token_indices": ((None, [], {}), "trained token embeddings"),
+    "use_bdlora": ((None, False), "block-diagonal LoRA"),
+    "use_qalora": ((None, False), "QALoRA"),
+}
+"""Keys that are accepted only while they say nothing: (values that say nothing, what the key would mean)."""
+
+INERT_WITH: Mapping[str, str] = {"eva_config": "eva"}
+"""NEUTRAL keys that may say anything beside this `init_lora_weights`: they only shaped the initial adapter."""
+
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""`init_lora_weights` values that leave the base model untouched, so that the saved pair is the whole change."""
+
+BASE_CHANGING_INITS: Mapping[str, str] = {
+    "pissa": "PiSSA",
+    "corda": "CorDA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftLoraConfig:
+    """A checked configuration of the LoRA family.
+
+    Attributes:
+        target_modules, exclude_modules: a regular expression for the whole path, or path endings.
+        layers_to_transform: layer numbers, or None for all.
+        rank_pattern, alpha_pattern: (regular expression for a path ending, value), first match wins.
+    """
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    use_dora: bool
+    bias: str
+    lora_bias: bool
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+
+    def rank(self, module: str) -> int:
+        """Rank for the module at this path."""
+        return _first_match(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """Factor of B A for the module at this path: alpha/r, or alpha/sqrt(r) for rank-stabilised LoRA."""
+        alpha, rank = _first_match(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
+        return float(alpha) / (rank**0.5 if self.use_rslora else rank)
+
+    @property
+    def scaling_rule(self) -> str:
+        return "alpha/sqrt(r)" if self.use_rslora else "alpha/r"
+
+    def expected_targets(self, base: BaseModel) -> frozenset[str]:
+        """Targets of the base that the configuration names.
+
+        Raises:
+            UnsupportedError: it names a module with weights that is not a target of the base.
+        """
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            return frozenset(name for name in base.targets if not self._matches(self.exclude_modules, name))
+        named = {name for name in (*base.targets, *base.other_modules) if self._names(name)}
+        if others := named - base.targets.keys():
+            raise UnsupportedError(
+                f"target_modules names {sorted(others)[0]!r}, which is not among the linear layers of {base.name!r} "
+                "that adapters can be served on; re-train without it"
+            )
+        return frozenset(named)
+
+    def _names(self, module: str) -> bool:
+        if self._matches(self.exclude_modules, module) or not self._matches(self.target_modules, module):
+            return False
+        if self.layers_to_transform is None or isinstance(self.target_modules, str) or module in self.target_modules:
+            return True
+        return self._layer(module) in self.layers_to_transform
+
+    def _layer(self, module: str) -> int | None:
+        rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((match for rule in rules if (match := re.match(rule, module))), None)
+        return int(found[1]) if found else None
+
+    @staticmethod
+    def _matches(rule: str | tuple[str, ...], module: str) -> bool:
+        if isinstance(rule, str):
+            return re.fullmatch(rule, module) is not None
+        return any(module == ending or module.endswith(f".{ending}") for ending in rule)
+
+
+def parse(config: Mapping[str, Any]) -> PeftLoraConfig:
+    """Check every key of an adapter_config.json of the LoRA family.
+
+    Raises:
+        ConfigError: a key is unknown, missing or impossible.
+        UnsupportedError: a key asks for something that cannot be served exactly.
+    """
+    _check_keys(config)
+    _check_init(config.get("init_lora_weights", True))
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    layers = config.get("layers_to_transform")
+    parsed = PeftLoraConfig(
+        r=_positive_int("r", rank),
+        lora_alpha=_number("lora_alpha", alpha),
+        use_rslora=_boolean(config, "use_rslora"),
+        use_dora=_boolean(config, "use_dora"),
+        bias=_one_of("bias", config.get("bias", "none"), ("none", "lora_only", "all")),
+        lora_bias=_boolean(config, "lora_bias"),
+        target_modules=_modules("target_modules", config.get("target_modules")),
+        exclude_modules=_modules("exclude_modules", config.get("exclude_modules") or ()),
+        layers_to_transform=_layers(layers),
+        layers_pattern=_patterns("layers_pattern", config.get("layers_pattern") or ()),
+        rank_pattern=_pattern_table("rank_pattern", config.get("rank_pattern") or {}, _positive_int),
+        alpha_pattern=_pattern_table("alpha_pattern", config.get("alpha_pattern") or {}, _number),
+    )
+    if not parsed.target_modules:
+        raise ConfigError("target_modules is empty: the adapter would change nothing; save it again with PEFT")
+    if parsed.use_dora and parsed.lora_bias:
+        raise ConfigError("use_dora and lora_bias exclude each other in PEFT; set one of them to false")
+    return parsed
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedError(f"peft_type {config.get('peft_type')!r} is not served; LORA (with its variants) is")
+    for key, value in config.items():
+        if key in SERVED or key in INERT:
+            continue
+        if key not in NEUTRAL:
+            raise ConfigError(
+                f"adapter_config.json has the unknown key {key!r} ({value!r}); skipping it could change the answers, "
+                "so the adapter is refused: remove the key if it has no effect"
+            )
+        neutral, meaning = NEUTRAL[key]
+        inert = key in INERT_WITH and config.get("init_lora_weights") == INERT_WITH[key]
+        if value not in neutral and not inert:
+            raise UnsupportedError(f"{key}={value!r} asks for {meaning}, which is not served")
+
+
+def _check_init(init: object) -> None:
+    if any(init is plain or (isinstance(plain, str) and init == plain) for plain in PLAIN_INITS):
+        return
+    stem = str(init).split("_niter")[0]
+    if stem in BASE_CHANGING_INITS:
+        raise UnsupportedError(
+            f"init_lora_weights={init!r}: {BASE_CHANGING_INITS[stem]} trains on a changed base model, so this pair is "
+            "not the whole change; convert the adapter to plain LoRA with PEFT's "
+            "path_initial_model_for_weight_conversion and load that"
+        )
+    raise ConfigError(f"init_lora_weights={init!r} is unknown; whether it changes the base model cannot be told")
+
+
+def _first_match(table: Sequence[tuple[str, Value]], module: str, default: Value) -> Value:
+    return next((value for key, value in table if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _boolean(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} is not true or false")
+    return value
+
+
+def _positive_int(key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{key}={value!r} is not a whole number of at least 1")
+    return value
+
+
+def _number(key: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e9:
+        raise ConfigError(f"{key}={value!r} is not a finite number")
+    return float(value)
+
+
+def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{key}={value!r} is none of {', '.join(allowed)}")
+    return value
+
+
+def _modules(key: str, value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return _regular_expression(key, value)
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ConfigError(f"{key}={value!r} is neither a regular expression nor a list of module names")
+
+
+def _patterns(key: str, value: object) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple):
+        raise ConfigError(f"{key}={value!r} is not a list of regular expressions")
+    return tuple(_regular_expression(key, pattern) for pattern in patterns)
+
+
+def _layers(value: object) -> frozenset[int] | None:
+    if value is None or value == []:
+        return None
+    layers = [value] if isinstance(value, int) else value
+    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+        raise ConfigError(f"layers_to_transform={value!r} is not a list of layer numbers")
+    return frozenset(layers)
+
+
+def _pattern_table(key: str, value: object, check: Callable[[str, object], Value]) -> tuple[tuple[str, Value], ...]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={value!r} is not an object of pattern: value")
+    return tuple(
+        (_regular_expression(key, pattern), check(f"{key}[{pattern!r}]", item)) for pattern, item in value.items()
+    )
+
+
+def _regular_expression(key: str, value: object) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST_PATTERN:
+        raise ConfigError(f"{key} has a pattern that is not a string of at most {LONGEST_PATTERN} characters")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(f"{key} has an invalid regular expression {value!r}: {error}") from error
+    return value

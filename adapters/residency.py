@@ -1,0 +1,148 @@
+"""Which adapters are in the arena and where: lowered effects in, integer addresses out.
+
+Must not know: names' meaning, requests, files, methods. The tables are plain NumPy so that a step gathers the addresses
+of all its adapters for all targets in one indexing operation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from motet.adapters.arena import Arena
+from motet.adapters.base import Target
+from motet.adapters.effects import Lowered, TargetEffects
+from motet.adapters.errors import ArenaFullError
+from motet.adapters.version import Slot
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Addresses:
+    """Where operands lie, for some slots: [C targets, S slots] first arena unit and what is present.
+
+    Attributes:
+        a_first, b_first: of A [R, I] and Bᵀ [R, O]; meaningless where rank is 0.
+        rank: true rank, 0 where the adapter has no low-rank effect on the target.
+        scale_first, bias_first: of the vectors [O]; meaningless where absent.
+        has_scale, has_bias: bool.
+    """
+
+    a_first: Int32
+    b_first: Int32
+    rank: Int32
+    scale_first: Int32
+    bias_first: Int32
+    has_scale: npt.NDArray[np.bool_]
+    has_bias: npt.NDArray[np.bool_]
+
+
+_COLUMNS = ("a_first", "b_first", "rank", "scale_first", "bias_first", "has_scale", "has_bias")
+
+
+class Residency:
+    """The resident set.
+
+    Note: `place` and `release` may be called from any thread. A slot's addresses never change while it is held, so
+    readers that hold a lease on the slot need no lock.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], arena: Arena) -> None:
+        self._targets = targets
+        self.arena = arena
+        self._lock = threading.Lock()
+        self._tables = np.zeros((len(_COLUMNS), len(targets), 0), dtype=np.int32)
+        self._vacant: list[Slot] = []
+        self._ranges: dict[Slot, list[int]] = {}
+        self.epoch = 0
+        """Changes whenever a slot gains or loses its addresses: what was built in the same epoch is still right."""
+
+    @property
+    def used_bytes(self) -> int:
+        with self._lock:
+            return self.arena.allocator.used * self.arena.unit_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.arena.allocator.capacity * self.arena.unit_bytes
+
+    def bytes_needed(self, lowered: Lowered) -> int:
+        """Bytes the adapter takes in the arena."""
+        elements = sum(rows.numel() for effects in lowered.effects.values() for _, rows in _operands(effects))
+        return elements // self.arena.unit * self.arena.unit_bytes
+
+    def place(self, lowered: Lowered) -> Slot:
+        """Copy the adapter's operands into the arena.
+
+        Raises:
+            ArenaFullError: they do not fit; nothing was changed.
+        """
+        with self._lock:
+            ranges, column = self._allocate(lowered)
+            slot = self._vacant.pop() if self._vacant else Slot(len(self._ranges))
+            self._ranges[slot] = ranges
+            if slot >= self._tables.shape[2]:
+                grown = np.zeros((*self._tables.shape[:2], max(8, 2 * self._tables.shape[2])), dtype=np.int32)
+                grown[:, :, : self._tables.shape[2]] = self._tables
+                self._tables = grown
+            self._tables[:, :, slot] = column
+            self.epoch += 1
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Free the slot; the caller guarantees that no step uses it."""
+        with self._lock:
+            for start in self._ranges.pop(slot):
+                self.arena.allocator.free(start)
+            self._vacant.append(slot)
+            self.epoch += 1
+
+    def addresses(self, slots: list[Slot]) -> Addresses:
+        """Addresses of the operands of these slots, one column per slot."""
+        columns = self._tables[:, :, slots]
+        a_first, b_first, rank, scale_first, bias_first, has_scale, has_bias = columns
+        return Addresses(a_first, b_first, rank, scale_first, bias_first, has_scale != 0, has_bias != 0)
+
+    def _allocate(self, lowered: Lowered) -> tuple[list[int], Int32]:
+        ranges: list[int] = []
+        column = np.zeros(self._tables.shape[:2], dtype=np.int32)
+        for name, effects in lowered.effects.items():
+            target = self._targets[name].index
+            for kind, rows in _operands(effects):
+                start = self.arena.allocator.allocate(rows.numel() // self.arena.unit)
+                if start is None:
+                    for taken in ranges:
+                        self.arena.allocator.free(taken)
+                    raise self._full(lowered)
+                ranges.append(start)
+                self.arena.write(start, rows)
+                column[_COLUMNS.index(kind), target] = start
+            column[_COLUMNS.index("rank"), target] = effects.low_rank.rank if effects.low_rank else 0
+            column[_COLUMNS.index("has_scale"), target] = effects.scale is not None
+            column[_COLUMNS.index("has_bias"), target] = effects.bias is not None
+        return ranges, column
+
+    def _full(self, lowered: Lowered) -> ArenaFullError:
+        used = self.arena.allocator.used * self.arena.unit_bytes
+        return ArenaFullError(
+            f"the adapter needs {self.bytes_needed(lowered):,} bytes; {used:,} of the {self.budget_bytes:,} bytes of "
+            "adapter memory are taken; unload an adapter or raise --adapter-memory"
+        )
+
+
+def _operands(effects: TargetEffects) -> list[tuple[str, torch.Tensor]]:
+    """(table column of the first unit, rows) of every operand, rows laid out as they lie in the arena."""
+    operands: list[tuple[str, torch.Tensor]] = []
+    if effects.low_rank:
+        operands += [("a_first", effects.low_rank.a_RI), ("b_first", effects.low_rank.b_OR.T)]
+    if effects.scale:
+        operands.append(("scale_first", effects.scale.delta_O))
+    if effects.bias:
+        operands.append(("bias_first", effects.bias.bias_O))
+    return operands

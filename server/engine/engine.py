@@ -1,0 +1,188 @@
+"""The step loop: takes in submissions and cancellations, plans, runs, commits, publishes.
+
+Must not know: torch, HTTP, text, how a step is computed. One thread owns the scheduler; everyone else talks to it
+through the inbox, and hears from it through one call per step for all generations together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from motet.server.engine.scheduler import Scheduler
+from motet.server.engine.types import (
+    FinishReason,
+    Generation,
+    GenerationId,
+    Lease,
+    Plan,
+    Runner,
+    Sampling,
+    SpanResult,
+    TokenEvent,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """A picture of the engine after its latest step, for metrics and probes.
+
+    Attributes:
+        steps, rows: totals since the start.
+        step_s: duration of the latest step.
+        running_adapters, waiting_adapters: names with at least one such generation.
+        failures: steps in a row that raised.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0
+    blocks_held: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    rows: int = 0
+    step_s: float = 0.0
+    running_adapters: frozenset[str] = frozenset()
+    waiting_adapters: frozenset[str] = frozenset()
+    failures: int = 0
+
+
+class Engine:
+    """Owns the step thread.
+
+    Args:
+        publish: receives the events of a step, in the step thread; must return quickly.
+        end_lease: called once for the lease of every generation that ended, however it ended.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        publish: Callable[[Sequence[TokenEvent]], None],
+        end_lease: Callable[[Lease], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._publish = publish
+        self._end_lease = end_lease
+        self._inbox: deque[Generation | GenerationId] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._ids = itertools.count()
+        self._thread = threading.Thread(target=self._loop, name="motet-steps", daemon=True)
+        self.state = EngineState(blocks=scheduler.blocks.size)
+
+    def start(self) -> None:
+        """Begin stepping."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Stop after the current step; unfinished generations are cancelled."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the step thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, lease: Lease | None) -> GenerationId:
+        """Queue a prompt; from here on the engine owns the lease. May be called from any thread."""
+        assert prompt, "a prompt has at least one token"
+        generation = Generation(GenerationId(next(self._ids)), list(prompt), len(prompt), sampling, lease)
+        self._post(generation)
+        return generation.id
+
+    def cancel(self, generation: GenerationId) -> None:
+        """End a generation early; does nothing when it has ended. May be called from any thread."""
+        self._post(generation)
+
+    def _post(self, message: Generation | GenerationId) -> None:
+        with self._wake:
+            self._inbox.append(message)
+            self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._scheduler.running or self._scheduler.waiting or self._stopping):
+                    self._wake.wait()
+                if self._stopping:
+                    break
+            self.step()
+        self._drain_inbox()
+        for generation in self._scheduler.drain():
+            self._finish(generation, FinishReason.CANCELLED)
+
+    def step(self) -> None:
+        """One turn: inbox, plan, run, commit, publish."""
+        self._drain_inbox()
+        plan = self._scheduler.plan()
+        if not plan.spans:
+            self._observe(plan, 0.0)
+            return
+        started_s = time.perf_counter()
+        try:
+            results = self._runner.run(plan)
+        except Exception:
+            logger.exception("a step of %d rows failed; its %d generations end", plan.rows, len(plan.spans))
+            self._fail(plan)
+            return
+        self._commit(plan, results)
+        self._observe(plan, time.perf_counter() - started_s)
+
+    def _drain_inbox(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Generation):
+                self._scheduler.add(message)
+            elif (generation := self._scheduler.remove(message)) is not None:
+                self._finish(generation, FinishReason.CANCELLED)
+
+    def _commit(self, plan: Plan, results: Sequence[SpanResult]) -> None:
+        events, ended = self._scheduler.commit(plan, results)
+        for generation in ended:
+            if generation.lease is not None:
+                self._end_lease(generation.lease)
+        if events:
+            self._publish(events)
+
+    def _fail(self, plan: Plan) -> None:
+        """A step raised: its generations end with an error, the others go on."""
+        for span in plan.spans:
+            generation = self._scheduler.remove(span.generation)
+            if generation is not None:
+                self._finish(generation, FinishReason.ERROR, "the step that computed this request failed")
+        self._observe(plan, 0.0, failed=True)
+
+    def _finish(self, generation: Generation, reason: FinishReason, error: str | None = None) -> None:
+        if generation.lease is not None:
+            self._end_lease(generation.lease)
+        self._publish([TokenEvent(generation.id, finish=reason, error=error)])
+
+    def _observe(self, plan: Plan, step_s: float, failed: bool = False) -> None:
+        scheduler, before = self._scheduler, self.state
+        leases = scheduler.leases()
+        self.state = EngineState(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            blocks=scheduler.blocks.size,
+            blocks_held=scheduler.blocks.size - scheduler.blocks.spare,
+            preemptions=scheduler.preemptions,
+            steps=before.steps + bool(plan.spans),
+            rows=before.rows + plan.rows,
+            step_s=step_s,
+            running_adapters=frozenset(lease.version.name for lease, runs in leases if runs),
+            waiting_adapters=frozenset(lease.version.name for lease, runs in leases if not runs),
+            failures=before.failures + 1 if failed else 0,
+        )

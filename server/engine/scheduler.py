@@ -1,0 +1,232 @@
+"""Decides which rows of which generations a step computes, and what its result means for them.
+
+Must not know: torch, text, HTTP, how adapters work. It owns the generations and the cache blocks; it touches no tensor.
+First come, first served: running generations in order of arrival, then waiting ones. A step has a budget of rows;
+a generation that decodes takes one, a prompt takes a chunk of what is left. When blocks run out, the generation that
+arrived last is preempted: its blocks are released and it waits to be computed again (mostly from the prefix cache).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from motet.server.engine.blocks import BlockPool
+from motet.server.engine.types import (
+    FinishReason,
+    Generation,
+    GenerationId,
+    Lease,
+    Plan,
+    Span,
+    SpanResult,
+    TokenEvent,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Bounds on one step.
+
+    Attributes:
+        rows: most rows of all generations together.
+        generations: most generations that run at once.
+    """
+
+    rows: int
+    generations: int
+
+
+class Scheduler:
+    """The generations and their order.
+
+    Note: used by the engine thread only.
+    """
+
+    def __init__(self, blocks: BlockPool, limits: StepLimits) -> None:
+        self.blocks = blocks
+        self.limits = limits
+        self.preemptions = 0
+        self._waiting: deque[Generation] = deque()
+        self._running: list[Generation] = []
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def leases(self) -> list[tuple[Lease, bool]]:
+        """The lease of every unfinished generation, and whether it runs."""
+        members = [(g, True) for g in self._running] + [(g, False) for g in self._waiting]
+        return [(generation.lease, runs) for generation, runs in members if generation.lease]
+
+    def add(self, generation: Generation) -> None:
+        """Queue a new generation, which must fit into the cache when it runs alone."""
+        assert self.blocks.blocks_for(generation.prompt_length + generation.sampling.max_tokens) <= self.blocks.size
+        self._waiting.append(generation)
+
+    def remove(self, generation_id: GenerationId) -> Generation | None:
+        """Drop a generation wherever it is and release its blocks; None when it is unknown or has ended."""
+        for queue in (self._running, self._waiting):
+            for generation in queue:
+                if generation.id == generation_id:
+                    queue.remove(generation)
+                    self._release(generation)
+                    return generation
+        return None
+
+    def drain(self) -> list[Generation]:
+        """Drop every generation and release its blocks."""
+        dropped = [*self._running, *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        for generation in dropped:
+            self._release(generation)
+        return dropped
+
+    def plan(self) -> Plan:
+        """Choose the rows of the next step; empty when there is nothing to compute."""
+        budget = self.limits.rows
+        chosen: list[tuple[Generation, int]] = []
+        preemptions = self.preemptions
+        for generation in list(self._running):
+            if budget == 0 or generation not in self._running:
+                continue
+            count = min(budget, len(generation.tokens) - generation.computed)
+            if self._reserve(generation, count):
+                chosen.append((generation, count))
+                budget -= count
+        while budget and self._waiting and preemptions == self.preemptions and self._admit(self._waiting[0]):
+            generation = self._waiting.popleft()
+            self._running.append(generation)
+            count = min(budget, len(generation.tokens) - generation.computed)
+            chosen.append((generation, count))
+            budget -= count
+        chosen.sort(key=_adapter_order)
+        return Plan(tuple(self._span(generation, count) for generation, count in chosen))
+
+    def commit(self, plan: Plan, results: Sequence[SpanResult]) -> tuple[list[TokenEvent], list[Generation]]:
+        """Take in a step's results.
+
+        Returns:
+            The events to publish, and the generations that ended (their leases are the caller's to end).
+        """
+        running = {generation.id: generation for generation in self._running}
+        events: list[TokenEvent] = []
+        ended: list[Generation] = []
+        for span, result in zip(plan.spans, results, strict=True):
+            generation = running.get(span.generation)
+            if generation is None:
+                continue  # cancelled while the step ran
+            self._advance(generation, len(span.tokens))
+            prompt_logprobs = result.prompt_logprobs[max(0, generation.prompt_reported - span.start) :]
+            generation.prompt_reported += len(prompt_logprobs)
+            if result.token is None and not prompt_logprobs:
+                continue
+            finish = None
+            if result.token is not None:
+                generation.tokens.append(result.token)
+                finish = _finish_reason(generation)
+            events.append(
+                TokenEvent(
+                    generation.id,
+                    result.token,
+                    result.logprobs,
+                    prompt_logprobs,
+                    finish,
+                    generation.cached_tokens or 0,
+                )
+            )
+            if finish is not None:
+                self._running.remove(generation)
+                self._release(generation)
+                ended.append(generation)
+        return events, ended
+
+    def _advance(self, generation: Generation, count: int) -> None:
+        """The generation's next `count` tokens are in the cache now; share the blocks that became full."""
+        before, after = generation.computed, generation.computed + count
+        generation.computed = after
+        size = self.blocks.block_size
+        self.blocks.share(generation.version, generation.blocks, generation.tokens, before // size, after // size)
+
+    def _admit(self, generation: Generation) -> bool:
+        """Hold every block the tokens so far need, reusing shared ones; False when it must wait.
+
+        A spare block per running generation is left over, so that an admission does not force a preemption at once.
+        """
+        if len(self._running) >= self.limits.generations:
+            return False
+        reusable = [] if generation.sampling.prompt_logprobs is not None else generation.tokens[:-1]
+        shared = self.blocks.match(generation.version, reusable)
+        missing = self.blocks.blocks_for(len(generation.tokens)) - len(shared)
+        fresh = self.blocks.allocate(missing) if missing + len(self._running) <= self.blocks.spare else None
+        if fresh is None:
+            self.blocks.release(shared)
+            return False
+        generation.blocks = shared + fresh
+        generation.computed = len(shared) * self.blocks.block_size
+        if generation.cached_tokens is None:
+            generation.cached_tokens = generation.computed
+        return True
+
+    def _reserve(self, generation: Generation, count: int) -> bool:
+        """Make room for `count` more rows, preempting later arrivals; False when the generation itself had to go."""
+        needed = self.blocks.blocks_for(generation.computed + count) - len(generation.blocks)
+        while needed > 0:
+            fresh = self.blocks.allocate(needed)
+            if fresh is not None:
+                generation.blocks += fresh
+                return True
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is generation:
+                return False
+        return True
+
+    def _preempt(self, generation: Generation) -> None:
+        self.preemptions += 1
+        self._running.remove(generation)
+        self._release(generation)
+        self._waiting.appendleft(generation)
+
+    def _release(self, generation: Generation) -> None:
+        self.blocks.release(generation.blocks)
+        generation.blocks = []
+        generation.computed = 0
+
+    def _span(self, generation: Generation, count: int) -> Span:
+        start, stop = generation.computed, generation.computed + count
+        sampling = generation.sampling
+        wants_prompt = sampling.prompt_logprobs is not None and generation.drawn == 0
+        return Span(
+            generation=generation.id,
+            lease=generation.lease,
+            tokens=tuple(generation.tokens[start:stop]),
+            start=start,
+            blocks=tuple(generation.blocks[: self.blocks.blocks_for(stop)]),
+            draw=stop == len(generation.tokens),
+            sampling=sampling,
+            drawn=generation.drawn,
+            history=tuple(generation.tokens) if sampling.needs_history else (),
+            prompt_length=generation.prompt_length,
+            prompt_targets=tuple(generation.tokens[start + 1 : stop + 1]) if wants_prompt else (),
+        )
+
+
+def _adapter_order(choice: tuple[Generation, int]) -> tuple[str, str]:
+    version = choice[0].version
+    return (version.name, version.digest) if version else ("", "")
+
+
+def _finish_reason(generation: Generation) -> FinishReason | None:
+    sampling = generation.sampling
+    if generation.drawn >= sampling.min_tokens and generation.tokens[-1] in sampling.stop_token_ids:
+        return FinishReason.STOP
+    if generation.drawn >= sampling.max_tokens:
+        return FinishReason.LENGTH
+    return None

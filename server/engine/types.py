@@ -1,0 +1,203 @@
+"""The engine's vocabulary as plain data. Shared by the scheduler, the runner and the streams.
+
+Must not know: torch, HTTP, JSON, text. Tokens are integers, adapters are versions.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NewType, Protocol
+
+from motet.adapters.version import AdapterVersion, Slot
+
+GenerationId = NewType("GenerationId", int)
+BlockId = NewType("BlockId", int)
+
+
+class FinishReason(enum.StrEnum):
+    """Why a generation ended; the first two are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 draws the most likely token.
+        top_k: keep this many tokens; None keeps all.
+        top_p, min_p: nucleus mass, and smallest probability relative to the largest.
+        seed: makes the draws repeatable; None draws a fresh seed.
+        min_tokens, max_tokens: bounds on the number of tokens drawn.
+        stop_token_ids: tokens that end the generation, the model's own end tokens included unless they are ignored.
+        logit_bias: (token, added logit).
+        top_logprobs: report the log-probability of the drawn token and of this many most likely; None reports none.
+        prompt_logprobs: the same for every token of the prompt.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether earlier tokens change the next distribution."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+class Lease(Protocol):
+    """What the engine keeps of an adapter while a generation runs."""
+
+    @property
+    def version(self) -> AdapterVersion:
+        """The version the request resolved to."""
+
+    @property
+    def slot(self) -> Slot:
+        """Where that version is resident."""
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One sequence being generated: state of the scheduler, read by nobody else.
+
+    Attributes:
+        tokens: prompt, then drawn tokens.
+        lease: on the adapter; None for the base model.
+        computed: tokens whose keys and values are in the cache.
+        blocks: cache blocks, in order of position.
+        cached_tokens: prompt tokens that were found in the prefix cache at first admission.
+        prompt_reported: positions of the prompt whose log-probabilities were published.
+    """
+
+    id: GenerationId
+    tokens: list[int]
+    prompt_length: int
+    sampling: Sampling
+    lease: Lease | None = None
+    computed: int = 0
+    blocks: list[BlockId] = field(default_factory=list)
+    cached_tokens: int | None = None
+    prompt_reported: int = 0
+
+    @property
+    def version(self) -> AdapterVersion | None:
+        return self.lease.version if self.lease else None
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Consecutive rows of one generation in one step.
+
+    Attributes:
+        tokens: the rows' input tokens.
+        start: position of the first of them.
+        blocks: the generation's cache blocks, enough for every position up to the last row.
+        draw: whether the last row's logits give the next token.
+        history: all tokens so far, only where penalties need them.
+        drawn: tokens drawn before this step.
+        prompt_targets: the prompt tokens that follow the first rows, where their log-probabilities were asked for.
+    """
+
+    generation: GenerationId
+    lease: Lease | None
+    tokens: tuple[int, ...]
+    start: int
+    blocks: tuple[BlockId, ...]
+    draw: bool
+    sampling: Sampling
+    drawn: int
+    history: tuple[int, ...] = ()
+    prompt_length: int = 0
+    prompt_targets: tuple[int, ...] = ()
+
+    @property
+    def version(self) -> AdapterVersion | None:
+        return self.lease.version if self.lease else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One step: spans ordered so that those of one adapter version are neighbours."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(span.tokens) for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one position, before temperature.
+
+    Attributes:
+        logprob: of the token that stands there.
+        top: (token, log-probability), most likely first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpanResult:
+    """What the runner found for one span.
+
+    Attributes:
+        token: the drawn token; None when the span draws none.
+        logprobs: of the drawn token, where asked for.
+        prompt_logprobs: one entry per prompt target.
+    """
+
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenEvent:
+    """News of one generation: a token, a piece of the prompt's log-probabilities, or its end.
+
+    Attributes:
+        token: drawn token; None when only the prompt advanced or the generation ended without one.
+        cached_tokens: prompt tokens the prefix cache spared.
+    """
+
+    generation: GenerationId
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+class Runner(Protocol):
+    """Computes a step. Implemented by motet.server.model; replaced by a fake in the engine's unit tests."""
+
+    def run(self, plan: Plan) -> Sequence[SpanResult]:
+        """One forward for all rows of the plan; results in the order of its spans."""

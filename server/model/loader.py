@@ -1,0 +1,163 @@
+"""Loads the base model once and makes it ready to serve: attention registered, linears adapted, cache allocated.
+
+Must not know: requests, adapters' methods, HTTP. Everything that can be wrong with a base model is found here, before
+the first request: unknown attention features, and a paged forward that disagrees with the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from motet.adapters.base import BaseModel, Target
+from motet.server.model.attention import KvCache, LayerShape, PagedAttention
+from motet.server.model.errors import ModelNotFoundError, UnsupportedModelError
+from motet.server.model.fingerprint import fingerprint
+from motet.server.model.inject import ActiveStep, AdaptedLinear, inject
+from motet.server.model.selfcheck import SelfCheck
+
+_attention_names = (f"motet_paged_{i}" for i in itertools.count())
+"""transformers finds attention functions by name in one process-wide table: each loaded model gets its own."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """The resident base.
+
+    Attributes:
+        base: what adapters may know of it.
+        max_length: positions it was trained for.
+        end_tokens: tokens that end a generation unless ignored.
+        vocabulary: number of logits.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseModel
+    attention: PagedAttention
+    step: ActiveStep
+    layers: Mapping[int, LayerShape]
+    dtype: torch.dtype
+    device: torch.device
+    max_length: int
+    end_tokens: frozenset[int]
+    vocabulary: int
+    parameter_bytes: int
+
+    def forward(self, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, rows_n: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of the given rows."""
+        output = self.model(
+            input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, logits_to_keep=rows_n, return_dict=True
+        )
+        logits_nV: torch.Tensor = output.logits[0]
+        return logits_nV
+
+    def allocate_cache(self, blocks: int, block_size: int) -> None:
+        """Reserve the key-value cache."""
+        self.attention.cache = KvCache(self.layers, blocks, block_size, self.dtype, self.device)
+
+
+def choose_dtype(asked: str, device: torch.device, config: Any) -> torch.dtype:
+    """Resolve "auto": the checkpoint's own dtype where the device computes it natively, else float32."""
+    if asked != "auto":
+        dtype: torch.dtype = getattr(torch, asked)
+        if device.type == "cpu" and dtype == torch.float16:
+            raise UnsupportedModelError("dtype float16 is slow and imprecise on a CPU; choose bfloat16 or float32")
+        return dtype
+    own = getattr(config, "dtype", None) or torch.float32
+    if device.type == "cuda":
+        return own if own != torch.float32 else torch.bfloat16
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if own != torch.float32 and native else torch.float32
+
+
+def load(path: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
+    """Load a causal language model that transformers knows.
+
+    Args:
+        path: a directory or a hub id.
+        name: what requests call it.
+        dtype: "auto" or a torch dtype's name.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+        UnsupportedModelError: it cannot be served exactly.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        resolved = choose_dtype(dtype, device, config)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=resolved, attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"model {name!r} cannot be loaded as a causal language model: {error}") from error
+    return prepare(model.to(device).eval(), tokenizer, name)
+
+
+def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:
+    """Make a loaded transformers model ready to serve.
+
+    Raises:
+        UnsupportedModelError: its paged forward does not agree with its own.
+    """
+    config = model.config.get_text_config()
+    with torch.inference_mode():
+        check = SelfCheck(model)
+        attention, step = PagedAttention(), ActiveStep()
+        attention_name = next(_attention_names)
+        ALL_ATTENTION_FUNCTIONS.register(attention_name, attention)
+        model.set_attn_implementation(attention_name)
+        digest = fingerprint(model)
+        head = model.get_output_embeddings()
+        adapted = inject(model, step, skip=frozenset(path for path, module in model.named_modules() if module is head))
+        loaded = LoadedModel(
+            name=name,
+            model=model,
+            tokenizer=tokenizer,
+            base=_base_model(name, digest, model, adapted),
+            attention=attention,
+            step=step,
+            layers=check.layers,
+            dtype=model.dtype,
+            device=model.device,
+            max_length=int(config.max_position_embeddings),
+            end_tokens=_end_tokens(model, tokenizer),
+            vocabulary=int(config.vocab_size),
+            parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        )
+        check.compare(loaded.forward, attention)
+    return loaded
+
+
+def _base_model(name: str, digest: str, model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> BaseModel:
+    targets = {
+        path: Target(index, path, linear.in_features, linear.out_features, linear.bias is not None)
+        for index, (path, linear) in enumerate(adapted.items())
+    }
+    others = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+
+    def weight(path: str) -> torch.Tensor:
+        return adapted[path].weight.detach().to("cpu", torch.float32)
+
+    def bias(path: str) -> torch.Tensor:
+        return adapted[path].bias.detach().to("cpu", torch.float32)
+
+    @functools.cache
+    def weight_norm(path: str) -> float:
+        return float(torch.linalg.vector_norm(weight(path)))
+
+    return BaseModel(name, digest, targets, frozenset(others - targets.keys()), weight, bias, weight_norm)
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    tokens = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
+    return frozenset(int(token) for token in tokens if token is not None)

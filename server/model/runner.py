@@ -1,0 +1,120 @@
+"""Runs a plan: one forward for all rows of all adapters, then one draw for all rows that need a token.
+
+Must not know: queues, requests, HTTP, methods. It decides nothing: every choice is in the plan.
+
+Shapes: T rows, n rows whose logits are needed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from motet.server.engine.types import GenerationId, Plan, Span, SpanResult, TokenLogprobs
+from motet.server.model.attention import AttentionBatch
+from motet.server.model.batch import EffectsBuilder, token_tensors
+from motet.server.model.loader import LoadedModel
+from motet.server.model.sampler import Draw, draw_tokens, logprobs
+
+
+class ModelRunner:
+    """See `motet.server.engine.types.Runner`.
+
+    Note: used by the step thread only. The model's weights, the arena and the cache are read here and nowhere else
+    while a step runs.
+    """
+
+    def __init__(self, loaded: LoadedModel, effects: EffectsBuilder) -> None:
+        assert loaded.attention.cache is not None
+        self._loaded = loaded
+        self._cache = loaded.attention.cache
+        self._effects = effects
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Sequence[SpanResult]:
+        """One forward for all rows of the plan; results in the order of its spans."""
+        spans, loaded = plan.spans, self._loaded
+        needed, drawing = _logit_rows(spans)
+        loaded.attention.batch = AttentionBatch(spans, self._cache.block_size, loaded.device)
+        loaded.step.effects = self._effects.build(spans)
+        try:
+            tokens_1T, positions_1T = token_tensors(spans, loaded.device)
+            logits_nV = loaded.forward(tokens_1T, positions_1T, torch.tensor(needed, device=loaded.device))
+        finally:
+            loaded.attention.batch = None
+            loaded.step.effects = None
+        return self._results(spans, logits_nV.float(), drawing)
+
+    def _results(self, spans: Sequence[Span], logits_nV: torch.Tensor, drawing: list[int]) -> list[SpanResult]:
+        """Report first (from the model's own logits), then adjust and draw.
+
+        Args:
+            drawing: per span, the index among the n rows of the one to draw from; only for spans that draw.
+        """
+        prompts = self._prompt_logprobs(spans, logits_nV)
+        draws = [span for span in spans if span.draw]
+        if not draws:
+            return [SpanResult(None, None, prompts[span.generation]) for span in spans]
+        rows = torch.tensor(drawing, device=logits_nV.device)
+        drawn_nV = logits_nV if len(drawing) == len(logits_nV) else logits_nV.index_select(0, rows)
+        reporting = [i for i, span in enumerate(draws) if span.sampling.top_logprobs is not None]
+        raw_nV = drawn_nV[reporting].clone() if reporting else drawn_nV[:0]
+        tokens = draw_tokens(drawn_nV, [self._draw(span) for span in draws]).tolist()
+        reports: dict[GenerationId, TokenLogprobs] = {}
+        if reporting:
+            reported = logprobs(
+                raw_nV, [tokens[i] for i in reporting], [draws[i].sampling.top_logprobs or 0 for i in reporting]
+            )
+            reports = {draws[i].generation: report for i, report in zip(reporting, reported, strict=True)}
+        chosen = {span.generation: token for span, token in zip(draws, tokens, strict=True)}
+        return [
+            SpanResult(chosen.get(span.generation), reports.get(span.generation), prompts[span.generation])
+            for span in spans
+        ]
+
+    def _prompt_logprobs(
+        self, spans: Sequence[Span], logits_nV: torch.Tensor
+    ) -> dict[GenerationId, tuple[TokenLogprobs, ...]]:
+        found: dict[GenerationId, tuple[TokenLogprobs, ...]] = {}
+        row = 0
+        for span in spans:
+            count = len(span.prompt_targets)
+            found[span.generation] = ()
+            if count:
+                top = span.sampling.prompt_logprobs or 0
+                reported = logprobs(logits_nV[row : row + count], span.prompt_targets, [top] * count)
+                found[span.generation] = tuple(reported)
+            row += count + span.draw
+        return found
+
+    def _draw(self, span: Span) -> Draw:
+        sampling = span.sampling
+        seed = sampling.seed
+        if seed is None:
+            seed = 0 if sampling.temperature == 0 else random.getrandbits(63)
+        return Draw(
+            sampling=sampling,
+            drawn=span.drawn,
+            seed=seed,
+            prompt=span.history[: span.prompt_length],
+            output=span.history[span.prompt_length :],
+        )
+
+
+def _logit_rows(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """Rows of the batch whose logits are needed, and which of those are drawn from.
+
+    A span needs its rows with prompt targets and, when it draws, its last row; those never overlap.
+    """
+    needed: list[int] = []
+    drawing: list[int] = []
+    row = 0
+    for span in spans:
+        needed += range(row, row + len(span.prompt_targets))
+        row += len(span.tokens)
+        if span.draw:
+            drawing.append(len(needed))
+            needed.append(row - 1)
+    return needed, drawing

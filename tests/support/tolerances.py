@@ -1,0 +1,57 @@
+"""Every tolerance of the tests, in one table, each with its reason. Never looser in CI.
+
+`TOLERANCES[what, dtype]`: what is compared, and the coarsest dtype a value was rounded to on its way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest |actual − expected| ≤ atol + rtol · magnitude."""
+
+    rtol: float
+    atol: float
+    reason: str
+
+    def assert_close(self, actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None) -> None:
+        """Compare element by element in float64, so that the dtypes may differ. NaN is close to nothing.
+
+        Args:
+            actual: any shape and dtype.
+            expected: the same shape.
+            magnitude: what was rounded on the way to each element, e.g. Σ|term| of a sum; None means |expected|.
+        """
+        assert actual.shape == expected.shape, f"{tuple(actual.shape)}, not {tuple(expected.shape)}"
+        actual, expected = actual.double(), expected.double()
+        allowed = self.atol + self.rtol * (expected.abs() if magnitude is None else magnitude)
+        excess = (actual - expected).abs() / allowed
+        wrong = ~(excess <= 1)
+        if wrong.any():
+            worst = tuple(wrong.nonzero()[excess[wrong].nan_to_num(torch.inf).argmax()].tolist())
+            raise AssertionError(
+                f"{int(wrong.sum())} of {wrong.numel()} elements differ by more than atol={self.atol:.3g} + rtol="
+                f"{self.rtol:.3g} ({self.reason}); the worst, at {worst}, by {float(excess[worst]):.3g} times that: "
+                f"{float(actual[worst])}, not {float(expected[worst])}"
+            )
+
+
+# Relative to |y| + Σ_r |g_r s_r Bᵀ_r|, with u the largest relative error of one rounding: y rounded by both sides, the
+# intermediate s rounded before and after its gate.
+_LOW_RANK_ROUNDINGS = 4
+_LOW_RANK_REASON = "4 u: y rounded once by either side, the rank-r intermediate before and after its gate"
+
+TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
+    ("low_rank reference", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 40 terms against float64"),
+    ("low_rank reference", torch.bfloat16): Tolerance(2**-8, 1e-5, "u: y rounded once to 8 bits"),
+    ("low_rank reference", torch.float16): Tolerance(2**-11, 1e-5, "u: y rounded once to 11 bits"),
+    ("low_rank", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 40 terms in another order"),
+    ("low_rank", torch.bfloat16): Tolerance(_LOW_RANK_ROUNDINGS * 2**-8, 1e-5, _LOW_RANK_REASON),
+    ("low_rank", torch.float16): Tolerance(_LOW_RANK_ROUNDINGS * 2**-11, 1e-5, _LOW_RANK_REASON),
+    ("epilogue", torch.float32): Tolerance(1e-6, 1e-6, "a product and a sum, each rounded once in float32"),
+    ("epilogue", torch.bfloat16): Tolerance(2 * 2**-8, 2**-8, "2 u: the scaled y, of order 1, and the biased sum"),
+}
