@@ -15,6 +15,7 @@ from pathlib import Path
 
 from motet.adapters import methods, source
 from motet.adapters.base import BaseModel
+from motet.adapters.effects import Lowered
 from motet.adapters.errors import AdapterExistsError, AdapterNotFoundError, InvalidNameError
 from motet.adapters.receipt import Receipt, receipt
 from motet.adapters.residency import Residency
@@ -82,11 +83,9 @@ class Registry:
             AdapterError: the adapter is refused; nothing is visible to requests.
         """
         self._check_name(name, replace)
-        files = source.read(folder)
-        lowered = methods.lower(files, self.base)
-        facts = receipt(lowered, files.digest, self.base, self.residency.bytes_needed(lowered))
+        lowered, facts = self.examine(folder)
         slot = self.residency.place(lowered)
-        entry = _Entry(AdapterVersion(name, files.digest), slot, facts, time.time())
+        entry = _Entry(AdapterVersion(name, facts.digest), slot, facts, time.time())
         try:
             with self._lock:
                 self._check_name(name, replace)
@@ -98,6 +97,16 @@ class Registry:
         if old is not None:
             self._retire(old)
         return self._info(entry)
+
+    def examine(self, folder: Path) -> tuple[Lowered, Receipt]:
+        """Read, check and lower an adapter without placing it.
+
+        Raises:
+            AdapterError: the adapter is refused.
+        """
+        files = source.read(folder)
+        lowered = methods.lower(files, self.base)
+        return lowered, receipt(lowered, files.digest, self.base, self.residency.bytes_needed(lowered))
 
     def unload(self, name: str) -> AdapterInfo:
         """Take the name away; the version is freed when its last lease ends.
@@ -124,6 +133,12 @@ class Registry:
                 raise self._not_found(name)
             entry.leases += 1
         return Lease(entry.version, entry.slot, entry)
+
+    def renew(self, lease: Lease) -> Lease:
+        """Another lease on the same version, for another generation of the same request."""
+        with self._lock:
+            lease._entry.leases += 1
+        return Lease(lease.version, lease.slot, lease._entry)
 
     def release(self, lease: Lease) -> None:
         """End a lease; each lease ends exactly once."""

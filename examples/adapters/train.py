@@ -1,9 +1,7 @@
 """Train and score the example adapters: one base model, three PEFT folders, bare questions as prompts.
 
-    python examples/adapters/train.py --model DIR [wikisql] [advising-slots] [boolq]
-
-Every adapter is scored from the folder just written, read back by PEFT: the score is that of the files.
-This script must not know Motet: a standard PEFT folder is all it hands over.
+Each adapter is scored from its written folder, read back by PEFT. This script must not know Motet: standard
+PEFT folders are all it hands over.
 """
 
 from __future__ import annotations
@@ -16,11 +14,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -34,9 +33,20 @@ DATA = Path(os.environ.get("MOTET_DATA", HERE.parents[2] / "shared" / "data"))
 BATCH = 16
 WARMUP_STEPS = 20
 IGNORED = -100  # cross_entropy skips this label
+SELECT = re.compile(r"SELECT (?:([A-Z]+) )?(\S+?)_FIELD FROM TABLE(?: AS \w+)?(?: WHERE (.+))? ;", re.I)
+CONDITION = re.compile(r"(\S+?)_FIELD ([=<>]) (.+)")
+SQL = re.compile(r"select (.+?) from \S+(?: where (.+))?")
 
 Example = tuple[str, str]  # question, answer
+Answers = tuple[list[str], list[float]]  # texts, logit margins
 Facts = frozenset[tuple[str, str]]  # what a text says, free of its order, case and quotes
+
+
+class Recipe(NamedTuple):
+    steps: int
+    learning_rate: float
+    test_rows: int
+    answer_tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,22 +56,13 @@ class Task:
     facts: Callable[[str], Facts | None]  # what an answer is scored by; None where it is not of the task's form
     hint: str  # put before the question for the base model only, which cannot know the form otherwise
     adapter: dict[str, Any]
-    steps: int
-    learning_rate: float
-    answer_tokens: int
-    test_rows: int
+    recipe: Recipe
     demo: str
     choices: tuple[str, str] | None = None  # answers to rank by the logit of their first token as well
 
 
 def untokenised(text: str) -> str:
-    """The text2sql data puts a space before punctuation; people do not."""
-    return re.sub(r" (?=[?.,!)]|'s\b|n't\b|-level)", "", text)
-
-
-SELECT = re.compile(r"SELECT (?:([A-Z]+) )?(\S+?)_FIELD FROM TABLE(?: AS \w+)?(?: WHERE (.+))? ;", re.I)
-CONDITION = re.compile(r"(\S+?)_FIELD ([=<>]) (.+)")
-SQL = re.compile(r"select (.+?) from \S+(?: where (.+))?")
+    return re.sub(r" (?=[?.,!)]|'s\b|n't\b|-level)", "", text)  # people put no space before punctuation
 
 
 def read_wikisql(row: dict[str, Any]) -> Example | None:
@@ -125,7 +126,6 @@ def boolq_facts(text: str) -> Facts | None:
 
 
 QKVO = ["k_proj", "o_proj", "q_proj", "v_proj"]
-MLP = ["down_proj", "gate_proj", "up_proj"]
 TASKS = {
     "wikisql": Task(
         data="text/wikisql",
@@ -133,11 +133,8 @@ TASKS = {
         facts=sql_facts,
         hint="Write one SQL query over a table named table that answers the question. Reply with SQL only, "
         "like SELECT MAX(points) FROM table WHERE team = 'Essendon' AND year > 1990\n\nQuestion: ",
-        adapter={"r": 4, "lora_alpha": 8, "target_modules": QKVO + MLP},
-        steps=240,
-        learning_rate=2e-3,
-        answer_tokens=80,
-        test_rows=160,
+        adapter={"r": 4, "lora_alpha": 8, "target_modules": ["down_proj", "gate_proj", "up_proj", *QKVO]},
+        recipe=Recipe(steps=240, learning_rate=2e-3, test_rows=160, answer_tokens=80),
         demo="What is the highest number of points when the home team is Essendon?",
     ),
     "advising-slots": Task(
@@ -148,10 +145,7 @@ TASKS = {
         "year, time, area, grade and program that the question names. Reply with one JSON object only, like "
         '{"department": "MATH", "number": "185", "semester": "Summer"}\n\nQuestion: ',
         adapter={"r": 8, "lora_alpha": 8, "use_rslora": True, "target_modules": QKVO},
-        steps=240,
-        learning_rate=1e-3,
-        answer_tokens=64,
-        test_rows=200,
+        recipe=Recipe(steps=240, learning_rate=1e-3, test_rows=200, answer_tokens=64),
         demo="Is EECS 484 offered in the Winter of 2017?",
     ),
     "boolq": Task(
@@ -160,10 +154,7 @@ TASKS = {
         facts=boolq_facts,
         hint="Answer with one word, true or false: ",
         adapter={"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
-        steps=320,
-        learning_rate=1e-3,
-        answer_tokens=4,
-        test_rows=600,
+        recipe=Recipe(steps=320, learning_rate=1e-3, test_rows=600, answer_tokens=4),
         demo="Is confectioners' sugar the same as powdered sugar?",
         choices=("true", "false"),
     ),
@@ -182,9 +173,8 @@ def prompt(tokenizer: Any, question: str) -> list[int]:
 
 def batches(rows: Sequence[tuple[list[int], list[int]]], steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Right-padded `(ids, labels)`; within every 16 batches, rows of like length go together."""
-    order: list[int] = []
-    while len(order) < steps * BATCH:
-        order += random.sample(range(len(rows)), len(rows))
+    every = range(len(rows))
+    order = [i for _ in range(0, steps * BATCH, len(rows)) for i in random.sample(every, len(rows))]
     for start in range(0, steps * BATCH, 16 * BATCH):
         pool = [rows[i] for i in order[start : min(start + 16 * BATCH, steps * BATCH)]]
         pool.sort(key=lambda row: len(row[0]) + len(row[1]))
@@ -196,19 +186,25 @@ def batches(rows: Sequence[tuple[list[int], list[int]]], steps: int) -> Iterator
 
 
 def train(model: Any, tokenizer: Any, task: Task) -> None:
-    end = tokenizer.eos_token
+    steps, rate, end = task.recipe.steps, task.recipe.learning_rate, tokenizer.eos_token
     rows = [(prompt(tokenizer, q), tokenizer(a + end)["input_ids"]) for q, a in examples(task, "train")]
+    columns = zip(*(asked for asked, _ in rows), strict=False)
+    prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    rows = [(asked[len(prefix) :], told) for asked, told in rows]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=task.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     inner = model.get_base_model().train()  # its two halves, to leave out the logits of the prompt
-    bar = track(batches(rows, task.steps), description="training", total=task.steps)
-    for step, (ids, labels) in enumerate(bar):
-        warm = min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / task.steps))
-        optimizer.param_groups[0]["lr"] = task.learning_rate * warm
+    for step, (ids, labels) in enumerate(track(batches(rows, steps), "training", steps)):
+        warm = min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = rate * warm
         wanted = labels[:, 1:] != IGNORED
         with torch.autocast("cpu", torch.bfloat16):
-            # No mask: attention is causal and the padding is to the right, so no token sees a pad.
-            logits = inner.lm_head(inner.model(input_ids=ids).last_hidden_state[:, :-1][wanted])
+            # The system message goes through once for the batch, its gradients too. No mask: attention is
+            # causal and the padding is to the right, so no token sees a pad.
+            past = inner.model(input_ids=torch.tensor([prefix]), use_cache=True).past_key_values
+            past.batch_repeat_interleave(len(ids))
+            hidden = inner.model(input_ids=ids, past_key_values=past, use_cache=True).last_hidden_state
+            logits = inner.lm_head(hidden[:, :-1][wanted])
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -223,13 +219,13 @@ def save(model: Any, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": BASE}
-    config["target_modules"] = sorted(config["target_modules"])
+    config = json.loads(path.read_text())
+    config |= {"base_model_name_or_path": BASE, "target_modules": sorted(config["target_modules"])}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @torch.inference_mode()
-def answers(model: Any, tokenizer: Any, task: Task, questions: Sequence[str]) -> tuple[list[str], list[float]]:
+def answers(model: Any, tokenizer: Any, task: Task, questions: Sequence[str], limit: int) -> Answers:
     """Greedy answers and, with choices, the first token's logit for the one less that for the other."""
     texts, margins = [""] * len(questions), [0.0] * len(questions)
     prompts = [prompt(tokenizer, question) for question in questions]
@@ -238,9 +234,9 @@ def answers(model: Any, tokenizer: Any, task: Task, questions: Sequence[str]) ->
     for start in track(range(0, len(order), 2 * BATCH), description="answering"):
         chosen = order[start : start + 2 * BATCH]
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
-        out = model.eval().generate(**batch, **keep, do_sample=False, max_new_tokens=task.answer_tokens)
+        out = model.eval().generate(**batch, **keep, do_sample=False, max_new_tokens=limit)
         for row, i in enumerate(chosen):
-            texts[i] = tokenizer.decode(out.sequences[row, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts[i] = tokenizer.decode(out.sequences[row, len(batch["input_ids"][0]) :], skip_special_tokens=True)
             if task.choices:
                 one, other = (tokenizer(choice)["input_ids"][0] for choice in task.choices)
                 margins[i] = float(out.logits[0][row, one] - out.logits[0][row, other])
@@ -249,14 +245,12 @@ def answers(model: Any, tokenizer: Any, task: Task, questions: Sequence[str]) ->
 
 def score(model: Any, tokenizer: Any, task: Task, tests: Sequence[Example], hint: str) -> dict[str, float]:
     """Exact match and micro F1 of the facts, share of well-formed texts; with choices, accuracy and AUC of logits."""
-    texts, margins = answers(model, tokenizer, task, [hint + question for question, _ in tests])
-    got = [task.facts(text) for text in texts]
-    want = [task.facts(answer) or frozenset() for _, answer in tests]
-    pairs = list(zip(got, want, strict=True))
+    texts, margins = answers(model, tokenizer, task, [hint + q for q, _ in tests], task.recipe.answer_tokens)
+    pairs = [(task.facts(t), task.facts(a) or frozenset()) for t, (_, a) in zip(texts, tests, strict=True)]
     metrics = {
         "exact_match": fmean(g == w for g, w in pairs),
-        "f1": 2 * sum(len(g & w) for g, w in pairs if g) / sum(len(facts or ()) for facts in got + want),
-        "well_formed": fmean(g is not None for g in got),
+        "f1": 2 * sum(len(g & w) for g, w in pairs if g) / sum(len(g or ()) + len(w) for g, w in pairs),
+        "well_formed": fmean(g is not None for g, _ in pairs),
     }
     if task.choices:
         yes, no = ([m for m, (_, a) in zip(margins, tests, strict=True) if a == c] for c in task.choices)
@@ -271,24 +265,21 @@ def run(name: str, task: Task, base_folder: Path, seed: int) -> None:
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     tests = examples(task, "test")
-    chosen = random.sample(tests, min(task.test_rows, len(tests)))
-
+    chosen = random.sample(tests, min(task.recipe.test_rows, len(tests)))
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **task.adapter))
     start = time.monotonic()
     train(model, tokenizer, task)
     seconds = round(time.monotonic() - start)
     save(model, HERE / name)
-
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     scores: dict[str, Any] = {"task": name, "split": f"{task.data}.test", "n": len(chosen), "of": len(tests)}
     scores["base_told_the_format"] = score(base, tokenizer, task, chosen, task.hint)
-    talk = replace(task, answer_tokens=80)
-    said = {"question": task.demo, "base": answers(base, tokenizer, talk, [task.demo])[0][0]}
+    said = {"question": task.demo, "base": answers(base, tokenizer, task, [task.demo], 80)[0][0]}
     adapted = PeftModel.from_pretrained(base, HERE / name)
     scores["adapter"] = score(adapted, tokenizer, task, chosen, "")
-    scores["demo"] = said | {"adapter": answers(adapted, tokenizer, talk, [task.demo])[0][0]}
-    scores |= {"steps": task.steps, "batch": BATCH, "learning_rate": task.learning_rate, "seed": seed}
+    scores["demo"] = said | {"adapter": answers(adapted, tokenizer, task, [task.demo], 80)[0][0]}
+    scores |= {"steps": task.recipe.steps, "batch": BATCH, "learning_rate": task.recipe.learning_rate, "seed": seed}
     scores |= {"training_seconds": seconds, "training_dtype": "float32 with bfloat16 autocast"}
     scores |= {"saved_dtype": "bfloat16", "scoring_dtype": "float32", "threads": torch.get_num_threads()}
     scores |= {package: version(package) for package in ("torch", "transformers", "peft")}

@@ -6,7 +6,6 @@ through the inbox, and hears from it through one call per step for all generatio
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -76,7 +75,6 @@ class Engine:
         self._inbox: deque[Generation | GenerationId] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._ids = itertools.count()
         self._thread = threading.Thread(target=self._loop, name="motet-steps", daemon=True)
         self.state = EngineState(blocks=scheduler.blocks.size)
 
@@ -96,12 +94,10 @@ class Engine:
         """Whether the step thread runs."""
         return self._thread.is_alive()
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, lease: Lease | None) -> GenerationId:
+    def submit(self, generation: GenerationId, prompt: Sequence[int], sampling: Sampling, lease: Lease | None) -> None:
         """Queue a prompt; from here on the engine owns the lease. May be called from any thread."""
         assert prompt, "a prompt has at least one token"
-        generation = Generation(GenerationId(next(self._ids)), list(prompt), len(prompt), sampling, lease)
-        self._post(generation)
-        return generation.id
+        self._post(Generation(generation, list(prompt), len(prompt), sampling, lease))
 
     def cancel(self, generation: GenerationId) -> None:
         """End a generation early; does nothing when it has ended. May be called from any thread."""

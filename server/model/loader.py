@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.logging import disable_progress_bar
 
 from motet.adapters.base import BaseModel, Target
 from motet.server.model.attention import KvCache, LayerShape, PagedAttention
@@ -41,7 +42,7 @@ class LoadedModel:
 
     name: str
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     base: BaseModel
     attention: PagedAttention
     step: ActiveStep
@@ -92,6 +93,7 @@ def load(path: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
         ModelNotFoundError: there is no such model.
         UnsupportedModelError: it cannot be served exactly.
     """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(path)
         resolved = choose_dtype(dtype, device, config)

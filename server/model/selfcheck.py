@@ -19,11 +19,10 @@ from motet.server.model.attention import AttentionBatch, KvCache, LayerShape, Pa
 from motet.server.model.batch import token_tensors
 from motet.server.model.errors import UnsupportedModelError
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest accepted difference of two logits, in standard deviations of the logits.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.03}
+"""Largest accepted root mean square difference of the logits, in standard deviations of the logits.
 
-Rounding through some tens of layers costs about 1e-6 (float32), 0.02 (bfloat16) and 0.003 (float16) of them; a wrong
-mask or position costs whole ones."""
+Thirty layers of rounding cost 2e-6 (float32) and 0.07 (bfloat16) of them; a wrong mask or position costs about one."""
 
 BLOCK_SIZE = 4
 SEQUENCE = 21
@@ -71,7 +70,7 @@ class SelfCheck:
             last.update(zip((sequence for sequence, _, _ in spans), logits_nV, strict=True))
         attention.cache = attention.batch = None
         actual_2V = torch.stack([last[0], last[1]])
-        deviation = float((actual_2V - self._expected_2V).abs().max() / self._expected_2V.std())
+        deviation = float((actual_2V - self._expected_2V).square().mean().sqrt() / self._expected_2V.std())
         if not deviation <= TOLERANCE[self._dtype]:
             raise UnsupportedModelError(
                 f"the paged forward differs from the model's own by {deviation:.2g} standard deviations of its logits "

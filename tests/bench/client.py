@@ -80,7 +80,7 @@ async def stream_completion(
     except OSError as error:
         failure = Failure(FailureKind.CONNECTION, str(error) or type(error).__name__)
     except (WireError, LookupError, TypeError, AttributeError) as error:
-        # an event that is JSON but not of the documented shape ends here
+        # the last three come from an event of an unknown shape
         failure = Failure(FailureKind.PROTOCOL, f"{type(error).__name__}: {error}")
     return Timeline(
         model=request.model,

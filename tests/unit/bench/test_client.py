@@ -71,7 +71,7 @@ def test_cuts_inside_lines_and_characters_do_not_matter() -> None:
 
 
 def test_an_empty_text_is_still_a_token() -> None:
-    timeline = follow(whole(token_event(), token_event(""), token_event(), usage_event(3), DONE))
+    timeline = follow(whole(token_event(""), token_event(""), token_event(), usage_event(3), DONE))
     assert timeline.failure is None
     assert len(timeline.chunk_times_s) == 3
 
@@ -139,6 +139,13 @@ def test_merged_tokens_are_an_error_unless_allowed() -> None:
     assert follow(packets, allow_merged_chunks=True).failure is None
 
 
+def test_a_last_chunk_with_text_and_reason_counts_among_merged_ones() -> None:
+    last = token_event("three words more", finish_reason="length")
+    timeline = follow(whole(token_event(), last, usage_event(4), DONE), 4, allow_merged_chunks=True)
+    assert timeline.failure is None
+    assert len(timeline.chunk_times_s) == 2
+
+
 @pytest.mark.parametrize("chunks", [0, 4])
 def test_more_chunks_than_tokens_or_none_is_always_an_error(chunks: int) -> None:
     timeline = follow(whole(*[token_event()] * chunks, usage_event(3), DONE), allow_merged_chunks=True)
@@ -189,9 +196,10 @@ def test_urls(url: str, expected: Endpoint) -> None:
     assert Endpoint.from_url(url) == expected
 
 
-def test_a_url_without_scheme_is_refused() -> None:
-    with pytest.raises(ValueError, match="localhost:8000"):
-        Endpoint.from_url("localhost:8000")
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://"])
+def test_a_url_without_scheme_or_host_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=url):
+        Endpoint.from_url(url)
 
 
 def test_the_request_names_host_and_key() -> None:

@@ -9,7 +9,7 @@ from tests.bench.timeline import Failure, FailureKind, Timeline
 # Due at 10.0, sent a little late, tokens at 10.5, 10.6, 10.9, end at 11.0.
 ONE = Timeline("m", 10.0, 10.01, 11.0, (10.5, 10.6, 10.9), prompt_tokens=7, cached_tokens=2, output_tokens=3)
 TWO = Timeline("n", 10.0, 10.00, 12.0, (10.3, 11.9), prompt_tokens=5, output_tokens=2)
-BAD = Timeline("m", 11.0, 11.0, 14.0, (13.0,), 7, 0, 1, Failure(FailureKind.WRONG_LENGTH, "1 of 3"))
+BAD = Timeline("m", 11.0, 11.0, 14.0, (13.0, 13.9), 7, 0, 2, Failure(FailureKind.WRONG_LENGTH, "2 of 3"))
 
 
 def test_latencies_of_a_hand_made_timeline() -> None:
@@ -59,8 +59,9 @@ def test_summary_counts_successes_over_the_whole_span() -> None:
     assert summary.cached_tokens == 2
     assert summary.merged_chunks == 0
     assert summary.models_used == 2
+    assert summary.itl_s == summarise([ONE, TWO]).itl_s
     assert summary.errors == {"wrong_length": 1}
-    assert summary.error_samples == ["m: wrong_length: 1 of 3"]
+    assert summary.error_samples == ["m: wrong_length: 2 of 3"]
 
 
 def test_itl_is_pooled_over_requests_and_tpot_is_per_request() -> None:

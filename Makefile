@@ -1,0 +1,81 @@
+# Everything a developer, the CI and a first-time user run. Needs make, a POSIX shell and Python 3.11 or later.
+.POSIX:
+
+PYTHON = python3
+VENV = .venv
+BIN = $(VENV)/bin
+# The constraints matter: the bare name torch is several gigabytes of CUDA.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+VIEW = build/dev/motet
+CHECK = build/wheel
+
+help:
+	@echo 'make serve [HOST=127.0.0.1] [PORT=8000]   install, then serve the default model and the example adapters'
+	@echo 'make test  [ARGS="-k name"]               all tests'
+	@echo 'make lint                                 ruff, import contracts, hadolint'
+	@echo 'make types                                mypy on the sources, and on the installed wheel'
+	@echo 'make dev                                  the development environment in $(VENV)'
+	@echo 'make bench ARGS="--url http://…"          load a running server and measure it'
+	@echo 'make clean                                remove what these made, $(VENV) too'
+
+# Any option of `motet serve` can also be given as MOTET_<OPTION> in the environment.
+serve: $(VENV)/.installed
+	@set --; \
+	for config in examples/adapters/*/adapter_config.json; do \
+		if [ -f "$$config" ]; then \
+			folder=$${config%/*}; set -- "$$@" --adapter "$${folder##*/}=$$folder"; \
+		fi; \
+	done; \
+	if [ -n "$$HOST" ]; then set -- "$$@" --host "$$HOST"; fi; \
+	if [ -n "$$PORT" ]; then set -- "$$@" --port "$$PORT"; fi; \
+	exec $(BIN)/motet serve "$$@"
+
+# Tests first wait for the installation; pytest's summary is the last line.
+test: $(VENV)/.installed-dev
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHONPATH=build/dev $(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+types: dev
+	$(BIN)/mypy -p motet.adapters -p motet.kernels -p motet.server
+	$(BIN)/mypy tests examples
+	@# Remnants in build/lib would enter the wheel.
+	rm -rf $(CHECK) build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(CHECK) .
+	$(BIN)/python -m venv --without-pip $(CHECK)/venv
+	$(BIN)/python -m pip --quiet --disable-pip-version-check --python $(CHECK)/venv/bin/python \
+		install --no-deps $(CHECK)/*.whl
+	@# The dependencies are those of $(VENV), whose editable motet is invisible to mypy.
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "`$(CHECK)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/dependencies.pth"
+	cd $(CHECK) && PYTHONSAFEPATH=1 ../../$(BIN)/mypy --strict --config-file= --cache-dir=../../.mypy_cache/wheel \
+		--python-executable venv/bin/python ../../tests/support/wheel_consumer.py
+
+# Static tools do not follow the hook of an editable install: they get the package as links.
+dev: $(VENV)/.installed-dev
+	@mkdir -p $(VIEW)
+	@for part in adapters kernels server; do \
+		[ -L "$(VIEW)/$$part" ] || ln -s "../../../$$part" "$(VIEW)/$$part"; \
+	done
+
+bench: $(VENV)/.installed-dev
+	@exec $(BIN)/python -m tests.bench.bench_serving $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find adapters kernels server tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --editable '.[train,test,lint]'
+	@touch $@
+
+.PHONY: help serve test lint types dev bench clean

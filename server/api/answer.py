@@ -1,0 +1,86 @@
+"""The frame both completion endpoints share: answer at once or stream, and stop when the client is gone.
+
+Must not know: what the chunks contain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from motet.adapters.errors import AdapterError
+from motet.server.api.errors import ApiError, error_body, from_adapter_error
+from motet.server.api.job import Job, Piece
+
+CLIENT_CLOSED = 499
+"""Status for the log when the client went away before the answer; nobody receives it."""
+
+
+def headers(job: Job) -> dict[str, str]:
+    """Which adapter version answers."""
+    return {} if job.version is None else {"X-Motet-Adapter": f"{job.version.name}@{job.version.digest}"}
+
+
+async def answer_at_once(request: Request, job: Job, body: Callable[[], dict[str, Any]]) -> Response:
+    """Wait for every choice, then send one JSON body; cancel when the client disconnects."""
+
+    async def collect() -> None:
+        async for _ in job:
+            pass
+
+    async with job:
+        work, gone = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return Response(status_code=CLIENT_CLOSED)
+            work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+    return JSONResponse(body(), headers=headers(job))
+
+
+def answer_streaming(
+    job: Job,
+    first: Callable[[], list[dict[str, Any]]],
+    chunk: Callable[[Piece], dict[str, Any]],
+    usage: Callable[[], dict[str, Any]] | None,
+) -> Response:
+    """Send one server-sent event per token, then the usage if asked for, then [DONE].
+
+    Args:
+        first: events before the first token.
+        usage: the last event's body; None sends none.
+    """
+
+    async def events() -> AsyncIterator[str]:
+        async with job:
+            try:
+                for event in first():
+                    yield _event(event)
+                async for piece in job:
+                    yield _event(chunk(piece))
+                if usage is not None:
+                    yield _event(usage())
+            except (ApiError, AdapterError) as error:
+                known = error if isinstance(error, ApiError) else from_adapter_error(error)
+                yield _event(error_body(known.status, known.message, known.code, known.param))
+                return
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers(job))
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,141 @@
+"""POST /v1/completions.
+
+Must not know: how tokens are computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from motet.server.api.answer import answer_at_once, answer_streaming
+from motet.server.api.errors import bad_request
+from motet.server.api.job import Choice, Job, Piece, Wanted
+from motet.server.api.schemas import CompletionBody
+from motet.server.api.service import Service
+from motet.server.api.text import Tokenizer, token_text
+from motet.server.engine.types import TokenLogprobs
+
+MOST_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default of this endpoint."""
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoint, bound to a service."""
+    routes = APIRouter()
+
+    @routes.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        service.require_inference_key(request.headers.get("authorization"))
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise bad_request("best_of is honoured only where it equals n: answers are not ranked", "best_of")
+        prompts = _prompts(service, body)
+        wanted = Wanted(
+            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        job = Job(service, body, prompts, wanted)
+        response = _Completion(service, body, job)
+        if not body.stream:
+            return await answer_at_once(request, job, response.whole)
+        options = body.stream_options
+        usage = response.usage if options is not None and options.include_usage else None
+        return answer_streaming(job, list, response.chunk, usage)
+
+    return routes
+
+
+def _prompts(service: Service, body: CompletionBody) -> Sequence[Sequence[int]]:
+    """Token ids of each prompt: a string, strings, token ids, or lists of them."""
+    given = body.prompt
+    several: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+    if not several or len(several) > MOST_PROMPTS:
+        raise bad_request(f"prompt holds {len(several)} prompts; 1 to {MOST_PROMPTS} are possible", "prompt")
+    prompts = [
+        service.tokenizer(one, add_special_tokens=body.add_special_tokens)["input_ids"] if isinstance(one, str) else one
+        for one in several
+    ]
+    for prompt in prompts:
+        if not prompt:
+            raise bad_request("prompt is empty; give at least one token", "prompt")
+        if (largest := max(prompt)) >= service.base.vocabulary:
+            raise bad_request(
+                f"prompt has token {largest}; the base model's tokens are 0 to {service.base.vocabulary - 1}", "prompt"
+            )
+    return prompts
+
+
+class _Completion:
+    """Bodies of one response."""
+
+    def __init__(self, service: Service, body: CompletionBody, job: Job) -> None:
+        self._tokenizer, self._body, self._job = service.tokenizer, body, job
+        self._frame = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": job.system_fingerprint,
+        }
+        self._begun: set[int] = set()
+        self._offsets = dict.fromkeys(range(len(job.choices)), 0)
+        self._continuous = bool(body.stream_options and body.stream_options.continuous_usage_stats)
+
+    def whole(self) -> dict[str, Any]:
+        """The body of an answer at once."""
+        choices = [
+            self._choice(choice, self._echo(choice) + choice.text, choice.logprobs) for choice in self._job.choices
+        ]
+        return {**self._frame, "choices": choices, "usage": self._job.usage()}
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """One streamed event; the first of a choice carries the echoed prompt."""
+        choice = piece.choice
+        text = piece.text if choice.index in self._begun else self._echo(choice) + piece.text
+        chosen = [] if piece.logprobs is None else [piece.logprobs]
+        event = {**self._frame, "choices": [self._choice(choice, text, chosen)]}
+        return {**event, "usage": self._job.usage()} if self._continuous else event
+
+    def usage(self) -> dict[str, Any]:
+        """The event after the last token."""
+        return {**self._frame, "choices": [], "usage": self._job.usage()}
+
+    def _echo(self, choice: Choice) -> str:
+        if not self._body.echo:
+            return ""
+        return self._tokenizer.decode(choice.prompt, skip_special_tokens=self._body.skip_special_tokens)
+
+    def _choice(self, choice: Choice, text: str, chosen: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        logprobs = None
+        if self._body.logprobs is not None:
+            tokens: list[TokenLogprobs | int] = [*chosen]
+            if self._body.echo and choice.index not in self._begun:
+                tokens = [choice.prompt[0], *choice.prompt_logprobs, *chosen]
+            texts = [token_text(self._tokenizer, t if isinstance(t, int) else t.token) for t in tokens]
+            offset = self._offsets[choice.index]
+            ends = list(itertools.accumulate((len(one) for one in texts), initial=offset))
+            self._offsets[choice.index] = ends[-1]
+            logprobs = {
+                "tokens": texts,
+                "token_logprobs": [None if isinstance(t, int) else t.logprob for t in tokens],
+                "top_logprobs": [None if isinstance(t, int) else _top(self._tokenizer, t) for t in tokens],
+                "text_offset": ends[:-1],
+            }
+        self._begun.add(choice.index)
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
+
+
+def _top(tokenizer: Tokenizer, position: TokenLogprobs) -> dict[str, float]:
+    """Text → log-probability; where texts coincide, the most likely token's. Includes the token that stands there."""
+    found: dict[str, float] = {}
+    for token, logprob in (*position.top, (position.token, position.logprob)):
+        found.setdefault(token_text(tokenizer, token), logprob)
+    return found

@@ -1,0 +1,110 @@
+"""The one place where errors become HTTP statuses, in OpenAI's shape.
+
+Must not know: what raised them beyond their type. No message or log line carries a path or a secret of the server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from motet.adapters import errors as adapter_errors
+
+
+class ApiError(Exception):
+    """An error a client can act on.
+
+    Args:
+        status: HTTP status.
+        message: names the thing, the value, the limit and the remedy.
+        code: stable, for programs.
+        param: the request field at fault.
+        retry_after_s: when to try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after_s = retry_after_s
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400: the request asks for something that cannot be honoured."""
+    return ApiError(400, message, code=code, param=param)
+
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+
+_ADAPTER_STATUS: tuple[tuple[type[adapter_errors.AdapterError], int, str], ...] = (
+    (adapter_errors.AdapterNotFoundError, 404, "model_not_found"),
+    (adapter_errors.SourceNotFoundError, 404, "adapter_source_not_found"),
+    (adapter_errors.UnsafePathError, 403, "adapter_path_forbidden"),
+    (adapter_errors.AdapterExistsError, 400, "adapter_exists"),
+    (adapter_errors.ArenaFullError, 507, "adapter_memory_full"),
+    (adapter_errors.AdapterError, 400, "adapter_refused"),
+)
+
+
+def from_adapter_error(error: adapter_errors.AdapterError, param: str | None = None) -> ApiError:
+    """The HTTP form of an adapter error; the first row of the table that fits decides."""
+    status, code = next((status, code) for kind, status, code in _ADAPTER_STATUS if isinstance(error, kind))
+    return ApiError(status, str(error), code=code, param=param)
+
+
+def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error in OpenAI's shape."""
+
+    @app.exception_handler(ApiError)
+    async def _api(_: Request, error: ApiError) -> JSONResponse:
+        headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        body = error_body(error.status, error.message, error.code, error.param)
+        return JSONResponse(body, error.status, headers)
+
+    @app.exception_handler(adapter_errors.AdapterError)
+    async def _adapter(request: Request, error: adapter_errors.AdapterError) -> JSONResponse:
+        return await _api(request, from_adapter_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        param = ".".join(where) or None
+        message = f"{param}: {first['msg']}" if param else str(first["msg"])
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field {param!r}; it would change nothing here, so it is refused: remove it"
+        return JSONResponse(error_body(400, message, "invalid_request", param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def _bug(_: Request, error: Exception) -> JSONResponse:  # noqa: ARG001 - the traceback goes to the log
+        return JSONResponse(error_body(500, "internal error; the server's log has the traceback"), 500)

@@ -1,0 +1,255 @@
+"""One request's way through the engine: submit its generations, turn their events into text, clean up.
+
+Must not know: the shape of any response.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from motet.adapters.registry import Lease
+from motet.server.api.errors import ApiError, bad_request
+from motet.server.api.schemas import MOST_STOPS, GenerationBody
+from motet.server.api.service import Service
+from motet.server.api.text import Detokenizer
+from motet.server.engine.types import FinishReason, Sampling, TokenEvent, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request asks for, beyond its prompts and model.
+
+    Attributes:
+        logprobs: most likely tokens to report per drawn token; None reports nothing.
+        prompt_logprobs: the same for the prompt.
+        max_tokens: None fills the context.
+    """
+
+    max_tokens: int | None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One generation of the request, as far as it has come.
+
+    Attributes:
+        prompt_logprobs: of prompt tokens 1, 2, …; token 0 has none.
+    """
+
+    index: int
+    prompt: Sequence[int]
+    detokenizer: Detokenizer
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+    cached_tokens: int = 0
+    latest_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A step of one choice: at most one token, the text that became final, perhaps the end."""
+
+    choice: Choice
+    text: str
+    logprobs: TokenLogprobs | None
+    finish: str | None
+
+
+class Job:
+    """A submitted request.
+
+    Use as ``async with Job(...) as job: async for piece in job``; leaving the block cancels what still runs, so a
+    client that goes away frees its blocks and leases.
+    """
+
+    def __init__(
+        self, service: Service, body: GenerationBody, prompts: Sequence[Sequence[int]], wanted: Wanted
+    ) -> None:
+        self._service = service
+        self._arrival_s = time.perf_counter()
+        service.require_open()
+        copies = body.n or 1
+        samplings = [_sampling(service, body, prompt, wanted) for prompt in prompts]
+        self.drop_drawn = wanted.max_tokens == 0
+        self.prompts = prompts
+        self._lease = service.resolve(body.model)
+        self.version = None if self._lease is None else self._lease.version
+        self.system_fingerprint = service.fingerprint(self._lease)
+        self._stream = service.streams.open(len(prompts) * copies)
+        self.choices = [
+            Choice(
+                index=index,
+                prompt=prompts[index // copies],
+                detokenizer=Detokenizer(
+                    service.tokenizer,
+                    prompts[index // copies],
+                    _stops(body),
+                    skip_special_tokens=body.skip_special_tokens,
+                    include_stop=body.include_stop_str_in_output,
+                ),
+            )
+            for index in range(len(prompts) * copies)
+        ]
+        self._include_stop = body.include_stop_str_in_output
+        self._by_generation = dict(zip(self._stream.generations, self.choices, strict=True))
+        self._submit(samplings, copies)
+
+    def _submit(self, samplings: Sequence[Sampling], copies: int) -> None:
+        """Hand every generation to the engine, each with its own lease on the one version the name meant."""
+        leases: list[Lease | None] = [self._lease]
+        if self._lease is not None:
+            leases += [self._service.registry.renew(self._lease) for _ in self.choices[1:]]
+        else:
+            leases += [None] * (len(self.choices) - 1)
+        for generation, choice, lease in zip(self._stream.generations, self.choices, leases, strict=True):
+            sampling = _copy_for(samplings[choice.index // copies], choice.index % copies)
+            self._service.engine.submit(generation, choice.prompt, sampling, lease)
+
+    async def __aenter__(self) -> Job:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for generation in self._stream.unfinished:
+            self._service.engine.cancel(generation)
+        self._service.streams.close(self._stream)
+        finished = all(choice.finish for choice in self.choices)
+        outcome = "finished" if finished else "failed" if kind is ApiError else "cancelled"
+        self._service.metrics.requests.labels(outcome).inc()
+        self._service.metrics.prompt_tokens.inc(self.prompt_tokens)
+        self._service.metrics.cached_tokens.inc(self.cached_tokens)
+        self._service.metrics.whole.observe(time.perf_counter() - self._arrival_s)
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        open_choices = len(self.choices)
+        async for event in self._stream:
+            choice = self._by_generation[event.generation]
+            if choice.finish is not None:
+                continue  # a stop string ended it; the engine has not heard yet
+            if event.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
+                raise ApiError(500, event.error or "the server stopped the request", code="generation_failed")
+            choice.prompt_logprobs += event.prompt_logprobs
+            if event.token is None:
+                continue
+            piece = self._take(choice, event, event.token)
+            yield piece
+            if piece.finish is not None:
+                open_choices -= 1
+                if event.finish is None:
+                    self._service.engine.cancel(event.generation)
+                if open_choices == 0:
+                    return
+
+    def _take(self, choice: Choice, event: TokenEvent, token: int) -> Piece:
+        self._time(choice)
+        choice.cached_tokens = event.cached_tokens
+        if self.drop_drawn:
+            choice.finish = FinishReason.LENGTH
+            return Piece(choice, "", None, choice.finish)
+        choice.tokens.append(token)
+        if event.logprobs is not None:
+            choice.logprobs.append(event.logprobs)
+        text, stopped = "", False
+        if event.finish is not FinishReason.STOP or self._include_stop:
+            piece = choice.detokenizer.add(token)
+            text, stopped = piece.text, piece.stopped
+        if stopped:
+            choice.finish = FinishReason.STOP
+        elif event.finish is not None:
+            choice.finish = event.finish
+            text += choice.detokenizer.flush()
+        choice.text += text
+        return Piece(choice, text, event.logprobs, choice.finish)
+
+    def _time(self, choice: Choice) -> None:
+        now_s, metrics = time.perf_counter(), self._service.metrics
+        metrics.generated_tokens.inc()
+        if choice.latest_s is None:
+            metrics.first_token.observe(now_s - self._arrival_s)
+        else:
+            metrics.between_tokens.observe(now_s - choice.latest_s)
+        choice.latest_s = now_s
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+    @property
+    def cached_tokens(self) -> int:
+        copies = len(self.choices) // len(self.prompts)
+        return sum(choice.cached_tokens for choice in self.choices[::copies])
+
+    def usage(self) -> dict[str, object]:
+        """OpenAI's usage object, for what has been generated so far."""
+        completion = sum(len(choice.tokens) for choice in self.choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def _stops(body: GenerationBody) -> list[str]:
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stops) > MOST_STOPS:
+        raise bad_request(f"stop has {len(stops)} strings; at most {MOST_STOPS} are honoured", "stop")
+    if "" in stops:
+        raise bad_request("stop has an empty string, which would end every answer at once; remove it", "stop")
+    return stops
+
+
+def _sampling(service: Service, body: GenerationBody, prompt: Sequence[int], wanted: Wanted) -> Sampling:
+    base = service.base
+    room = base.max_length - len(prompt)
+    max_tokens = room if wanted.max_tokens is None else max(1, wanted.max_tokens)
+    if room < 1 or max_tokens > room:
+        raise bad_request(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {wanted.max_tokens}; together at most "
+            f"{base.max_length} are possible: shorten the prompt or lower max_tokens",
+            "max_tokens" if room >= 1 else "prompt",
+            "context_length_exceeded",
+        )
+    if body.min_tokens > max_tokens:
+        raise bad_request(f"min_tokens {body.min_tokens} exceeds max_tokens {max_tokens}", "min_tokens")
+    stop_tokens = frozenset(body.stop_token_ids or ())
+    return Sampling(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k if body.top_k and body.top_k > 0 else None,
+        min_p=body.min_p or 0.0,
+        seed=body.seed,
+        stop_token_ids=stop_tokens if body.ignore_eos else stop_tokens | base.end_tokens,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=_logit_bias(body, base.vocabulary),
+        top_logprobs=wanted.logprobs,
+        prompt_logprobs=wanted.prompt_logprobs,
+    )
+
+
+def _copy_for(sampling: Sampling, copy: int) -> Sampling:
+    """The n answers to one seeded prompt are drawn with seed, seed + 1, …"""
+    if sampling.seed is None or copy == 0:
+        return sampling
+    return replace(sampling, seed=sampling.seed + copy)
+
+
+def _logit_bias(body: GenerationBody, vocabulary: int) -> tuple[tuple[int, float], ...]:
+    biases: list[tuple[int, float]] = []
+    for key, bias in (body.logit_bias or {}).items():
+        if not key.isascii() or not key.isdigit() or int(key) >= vocabulary:
+            raise bad_request(f"logit_bias names token {key!r}; tokens are 0 to {vocabulary - 1}", "logit_bias")
+        if not -100 <= bias <= 100:
+            raise bad_request(f"logit_bias of token {key} is {bias}; the range is -100 to 100", "logit_bias")
+        biases.append((int(key), bias))
+    return tuple(biases)

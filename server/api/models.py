@@ -1,0 +1,62 @@
+"""GET /v1/models: the base model and its adapters.
+
+Must not know: where adapters come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from motet.adapters.registry import AdapterInfo
+from motet.server.api.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoints, bound to a service."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        service.require_inference_key(request.headers.get("authorization"))
+        adapters = [_adapter(service, info) for info in service.registry.published()]
+        return {"object": "list", "data": [_base(service), *adapters]}
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        service.require_inference_key(request.headers.get("authorization"))
+        return _base(service) if name == service.base.name else _adapter(service, service.registry.get(name))
+
+    return routes
+
+
+def _base(service: Service) -> dict[str, Any]:
+    base = service.base
+    return _card(base.name, base.created_s, base.name, None, base.max_length)
+
+
+def _adapter(service: Service, info: AdapterInfo) -> dict[str, Any]:
+    base, version, receipt = service.base, info.version, info.receipt
+    card = _card(version.name, int(info.published_s), version.name, base.name, base.max_length)
+    card["adapter"] = {
+        "version": version.digest,
+        "method": receipt.method,
+        "rank": receipt.ranks[1],
+        "state": "ready",
+        "bytes": receipt.resident_bytes,
+        "exact": receipt.exact,
+    }
+    return card
+
+
+def _card(name: str, created_s: int, root: str, parent: str | None, max_length: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "motet",
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_length,
+    }

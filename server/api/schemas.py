@@ -1,0 +1,129 @@
+"""Request bodies of the OpenAI endpoints. What is not here is a 400, and so is what cannot be honoured.
+
+Must not know: the engine, tokens, adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TokenIds = list[Annotated[int, Field(ge=0)]]
+MOST_STOPS = 16
+MOST_CHOICES = 128
+MOST_LOGPROBS = 20
+
+
+class Body(BaseModel):
+    """Base of every request body: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Body):
+    """`stream_options`."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class ResponseFormat(Body):
+    """`response_format`: only plain text is honoured."""
+
+    type: Literal["text"]
+
+
+class GenerationBody(Body):
+    """What completions and chat completions share.
+
+    Fields that name the caller or tune bookkeeping (`user`, `metadata`, `store`, …) are accepted and have no effect on
+    the answer.
+    """
+
+    model: str = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=0)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    skip_special_tokens: bool = True
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    request_id: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
+    echo: bool | None = False
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    best_of: int | None = Field(default=None, ge=1)
+    suffix: Literal[""] | None = None
+    add_special_tokens: bool = True
+
+
+class ContentPart(Body):
+    """One part of a message's content: only text is honoured."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One chat message; which roles and orders are possible is the chat template's matter."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=0)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
+    reasoning_effort: str | None = None
+
+
+class LoadAdapterBody(Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1)
+    load_inplace: bool = False
+
+
+class UnloadAdapterBody(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str = Field(min_length=1)
+    lora_int_id: int | None = None

@@ -1,0 +1,134 @@
+"""What the endpoints share: the base, the adapters, the engine, the keys. Put together by the command line.
+
+Must not know: how requests look, how steps are computed.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from motet.adapters.errors import AdapterNotFoundError
+from motet.adapters.registry import Lease, Registry
+from motet.server.api.errors import ApiError
+from motet.server.api.text import Tokenizer
+from motet.server.engine.engine import Engine
+from motet.server.engine.stream import Streams
+from motet.server.metrics import Metrics
+
+FAILURES_UNHEALTHY = 3
+"""Failed steps in a row after which the process asks to be restarted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Who may do what. No inference key opens inference; no admin key closes administration."""
+
+    inference: tuple[str, ...] = ()
+    admin: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """What clients may know of the base model.
+
+    Attributes:
+        max_length: prompt and generated tokens together.
+        created_s: Unix time the server loaded it.
+    """
+
+    name: str
+    fingerprint: str
+    max_length: int
+    vocabulary: int
+    end_tokens: frozenset[int]
+    created_s: int
+
+
+@dataclass(slots=True, eq=False)
+class Service:
+    """The running server.
+
+    Attributes:
+        adapter_roots: where adapters may be loaded from at run time.
+        max_waiting: generations that may wait; more are answered 429.
+        ready: the base is loaded and warm.
+        draining: no new requests.
+    """
+
+    base: BaseInfo
+    tokenizer: Tokenizer
+    registry: Registry
+    engine: Engine
+    streams: Streams
+    metrics: Metrics
+    keys: Keys
+    adapter_roots: Sequence[Path]
+    max_waiting: int
+    ready: bool = False
+    draining: bool = False
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the step thread lives and its steps succeed."""
+        return self.engine.alive and self.engine.state.failures < FAILURES_UNHEALTHY
+
+    def resolve(self, model: str) -> Lease | None:
+        """A lease on the adapter of that name, or None for the base.
+
+        Raises:
+            ApiError: 404, there is neither; never the base instead.
+        """
+        if model == self.base.name:
+            return None
+        try:
+            return self.registry.acquire(model)
+        except AdapterNotFoundError as error:
+            raise ApiError(
+                404,
+                f"model {model!r} does not exist; GET /v1/models lists the base model and its adapters",
+                code="model_not_found",
+                param="model",
+            ) from error
+
+    def fingerprint(self, lease: Lease | None) -> str:
+        """`system_fingerprint`: base weights, and the adapter's content."""
+        base = f"fp_{self.base.fingerprint[:12]}"
+        return base if lease is None else f"{base}_{lease.version.digest[:12]}"
+
+    def require_open(self) -> None:
+        """Refuse new work while starting, draining or overloaded."""
+        if self.draining or not self.ready:
+            state = "draining" if self.draining else "starting"
+            raise ApiError(503, f"the server is {state}; try again", code=f"server_{state}", retry_after_s=5)
+        if self.engine.state.waiting >= self.max_waiting:
+            raise ApiError(
+                429,
+                f"{self.engine.state.waiting} requests wait already (limit {self.max_waiting}); try again later",
+                code="queue_full",
+                retry_after_s=1,
+            )
+
+    def require_inference_key(self, authorization: str | None) -> None:
+        """Refuse a request without a valid key, where keys are configured."""
+        allowed = self.keys.inference and (*self.keys.inference, *self.keys.admin)
+        if allowed and not _has_key(authorization, allowed):
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+    def require_admin_key(self, authorization: str | None) -> None:
+        """Refuse an administrative request without the admin key; without a configured key, refuse all."""
+        if not self.keys.admin:
+            raise ApiError(
+                403, "administration is closed: the server was started without an admin key", code="admin_closed"
+            )
+        if not _has_key(authorization, self.keys.admin):
+            raise ApiError(401, "the admin key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _has_key(authorization: str | None, keys: Sequence[str]) -> bool:
+    """Whether the header carries one of the keys; compares with all of them in constant time."""
+    scheme, _, given = (authorization or "").partition(" ")
+    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    return scheme.lower() == "bearer" and any(matches)

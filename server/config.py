@@ -1,0 +1,94 @@
+"""Every option of `motet serve`: one field per option, with its default and what it means.
+
+Must not know: the command line library, how options are used. The command line, the environment (`MOTET_<OPTION>`) and
+the TOML file are all generated from these fields.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class OptionError(Exception):
+    """An option's value is impossible; the message names option, value and remedy."""
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Options of `motet serve`."""
+
+    model: str | None = _option(None, "Directory or hub id of the base model; without it the default model is used.")
+    name: str | None = _option(None, "What requests call the base model; by default the last part of --model.")
+    dtype: str = _option("auto", "Type of weights, adapters and cache.", ("auto", "bfloat16", "float16", "float32"))
+    device: str = _option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
+    host: str = _option("127.0.0.1", "Address to listen on.")
+    port: int = _option(8000, "Port to listen on.")
+    adapter: tuple[str, ...] = _option((), "NAME=PATH of an adapter to load at the start; repeatable.")
+    adapter_root: tuple[str, ...] = _option((), "Folder below which adapters may be loaded at run time; repeatable.")
+    api_key_file: str | None = _option(None, "File with one inference key per line; without keys inference is open.")
+    admin_key_file: str | None = _option(
+        None, "File with one admin key per line; without one administration is closed."
+    )
+    adapter_memory: str = _option("auto", "Bytes for resident adapters, such as 2GiB.")
+    kv_memory: str = _option("auto", "Bytes for keys and values, such as 2GiB.")
+    block_size: int = _option(16, "Positions per cache block.")
+    max_batch_rows: int | None = _option(None, "Most rows (tokens) of all requests in one step.")
+    max_generations: int | None = _option(None, "Most generations that run at once.")
+    max_waiting: int = _option(1024, "Most generations that wait; more requests are answered 429.")
+    drain_timeout: float = _option(30.0, "Seconds that running requests may take after SIGTERM.")
+    log_level: str = _option("warning", "Detail of the log.", ("debug", "info", "warning", "error"))
+
+
+def parse_bytes(option: str, text: str) -> int | None:
+    """Bytes from "512MiB", "2GiB", "1000000"; None from "auto".
+
+    Raises:
+        OptionError: it is none of those.
+    """
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
+        raise OptionError(f"--{option} {text!r} is no size; write for example 512MiB, 2GiB or auto")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_adapter(text: str) -> tuple[str, Path]:
+    """Name and folder from NAME=PATH.
+
+    Raises:
+        OptionError: there is no name or no path.
+    """
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise OptionError(f"--adapter {text!r} is not NAME=PATH; write for example sql=adapters/wikisql")
+    return name, Path(path).expanduser()
+
+
+def read_keys(option: str, path: str | None, variable: str) -> tuple[str, ...]:
+    """Keys from a file, one per line, and from an environment variable.
+
+    Raises:
+        OptionError: the file cannot be read or holds no key.
+    """
+    keys = [os.environ[variable].strip()] if os.environ.get(variable, "").strip() else []
+    if path is not None:
+        try:
+            lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+        except OSError as error:
+            raise OptionError(f"--{option} {path!r} cannot be read: {error.strerror}") from error
+        found = [line for line in lines if line]
+        if not found:
+            raise OptionError(f"--{option} {path!r} holds no key; write one per line")
+        keys += found
+    return tuple(keys)

@@ -1,0 +1,256 @@
+"""Puts the server together and runs it: base model, adapters, engine, HTTP, in that order.
+
+Must not know: the command line. Reports each stage to the caller, so that people see where a start stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from motet.adapters.arena import Arena
+from motet.adapters.receipt import Receipt
+from motet.adapters.registry import Lease, Registry
+from motet.adapters.residency import Residency
+from motet.kernels.dispatch import default_backend
+from motet.server.api.app import create_app
+from motet.server.api.service import BaseInfo, Keys, Service
+from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
+from motet.server.engine.blocks import BlockPool
+from motet.server.engine.engine import Engine
+from motet.server.engine.scheduler import Scheduler, StepLimits
+from motet.server.engine.stream import Streams
+from motet.server.engine.types import BlockId, GenerationId, Plan, Sampling, Span
+from motet.server.engine.types import Lease as EngineLease
+from motet.server.metrics import Metrics
+from motet.server.model.attention import KvCache
+from motet.server.model.batch import EffectsBuilder
+from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from motet.server.model.loader import LoadedModel, load
+from motet.server.model.runner import ModelRunner
+
+Report = Callable[[str], None]
+"""Takes one line per stage of the start."""
+
+CPU_MEMORY_BYTES = 1 << 30
+"""Default of --kv-memory and --adapter-memory on a CPU; committed by the operating system as it is first used."""
+CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
+"""Default shares of the free device memory after the base model is loaded."""
+DEFAULT_ROWS = {"cpu": 512, "cuda": 4096}
+DEFAULT_GENERATIONS = {"cpu": 64, "cuda": 256}
+DRAIN_POLL_S = 0.05
+LAST_WORDS_S = 3
+"""Time for answers that are complete to reach their clients."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assembled:
+    """Everything but HTTP, ready to run."""
+
+    loaded: LoadedModel
+    registry: Registry
+    runner: ModelRunner
+    blocks: int
+    limits: StepLimits
+    keys: Keys
+
+
+def choose_device(asked: str) -> torch.device:
+    """Resolve "auto": CUDA where there is one.
+
+    Raises:
+        OptionError: CUDA was asked for and there is none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(config: ServeConfig, report: Report) -> LoadedModel:
+    """The base model the options name, or the default one."""
+    device = choose_device(config.device)
+    if config.model is None:
+        path, name = str(ensure_default_model()), config.name or DEFAULT_MODEL_NAME
+    else:
+        path = config.model
+        name = config.name or Path(path).name
+    report(f"loading {name}")
+    return load(path, name, config.dtype, device)
+
+
+def new_registry(loaded: LoadedModel, budget_bytes: int) -> Registry:
+    """An empty registry with its arena."""
+    targets = loaded.base.targets
+    widths = {width for target in targets.values() for width in (target.in_width, target.out_width)}
+    arena = Arena(widths, budget_bytes, loaded.dtype, loaded.device)
+    return Registry(loaded.base, Residency(targets, arena))
+
+
+def assemble(config: ServeConfig, report: Report) -> Assembled:
+    """Load the base and the adapters, allocate the cache and warm up.
+
+    Raises:
+        OptionError, ModelError, AdapterError: something the options name cannot be served.
+    """
+    keys = Keys(
+        inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
+        admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
+    )
+    adapters = [parse_adapter(text) for text in config.adapter]
+    loaded = load_base(config, report)
+    kind = loaded.device.type
+    registry = new_registry(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
+    block_bytes = KvCache.block_bytes(loaded.layers, config.block_size, loaded.dtype)
+    blocks = _budget(config.kv_memory, "kv-memory", loaded.device) // block_bytes
+    loaded.allocate_cache(blocks, config.block_size)
+    for name, folder in adapters:
+        report(f"loading adapter {name}")
+        registry.load(name, folder)
+    effects = EffectsBuilder(registry.residency, list(loaded.base.targets.values()), default_backend(loaded.device))
+    runner = ModelRunner(loaded, effects)
+    report("warming up")
+    _warm_up(runner)
+    limits = StepLimits(
+        rows=config.max_batch_rows or DEFAULT_ROWS[kind],
+        generations=config.max_generations or DEFAULT_GENERATIONS[kind],
+    )
+    return Assembled(loaded, registry, runner, blocks, limits, keys)
+
+
+def _budget(text: str, option: str, device: torch.device) -> int:
+    given = parse_bytes(option, text)
+    if given is not None:
+        return given
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * CUDA_SHARES[option])
+    return CPU_MEMORY_BYTES
+
+
+def _warm_up(runner: ModelRunner) -> None:
+    """One prompt and one token, so that the first request does not pay for lazy initialisation."""
+    for start, tokens in ((0, (1,) * 16), (15, (1,))):
+        sampling = Sampling(max_tokens=1)
+        span = Span(GenerationId(0), None, tokens, start, (BlockId(0),), True, sampling, 0)
+        runner.run(Plan((span,)))
+
+
+def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
+    """Serve until a signal ends it; `ready` is called once requests are answered."""
+    asyncio.run(_run(config, assembled, ready))
+
+
+async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
+    service = _service(config, assembled)
+    settings = uvicorn.Config(
+        create_app(service),
+        config.host,
+        config.port,
+        log_level=config.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=LAST_WORDS_S,
+    )
+    service.engine.start()
+    try:
+        await _DrainingServer(settings, service, config.drain_timeout, ready).serve()
+    finally:
+        service.engine.stop()
+
+
+def _service(config: ServeConfig, assembled: Assembled) -> Service:
+    """Join engine and HTTP; must run in the event loop that will serve."""
+    loaded, registry = assembled.loaded, assembled.registry
+    streams = Streams(asyncio.get_running_loop())
+    scheduler = Scheduler(BlockPool(assembled.blocks, config.block_size), assembled.limits)
+
+    def end_lease(lease: EngineLease) -> None:
+        assert isinstance(lease, Lease)
+        registry.release(lease)
+
+    engine = Engine(scheduler, assembled.runner, streams.publish, end_lease)
+    residency = registry.residency
+    return Service(
+        base=BaseInfo(
+            name=loaded.name,
+            fingerprint=loaded.base.fingerprint,
+            max_length=min(loaded.max_length, assembled.blocks * config.block_size),
+            vocabulary=loaded.vocabulary,
+            end_tokens=loaded.end_tokens,
+            created_s=int(time.time()),
+        ),
+        tokenizer=loaded.tokenizer,
+        registry=registry,
+        engine=engine,
+        streams=streams,
+        metrics=Metrics(
+            engine_state=lambda: engine.state,
+            adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
+            adapters=lambda: [info.version.name for info in registry.published()],
+        ),
+        keys=assembled.keys,
+        adapter_roots=[Path(root).expanduser() for root in config.adapter_root],
+        max_waiting=config.max_waiting,
+    )
+
+
+class _DrainingServer(uvicorn.Server):
+    """Answers what it has begun before it goes.
+
+    The first signal closes the door (/ready and new requests answer 503) and lets running requests finish within the
+    drain timeout; the second ends the process at once.
+    """
+
+    def __init__(
+        self, settings: uvicorn.Config, service: Service, drain_timeout_s: float, ready: Callable[[], None]
+    ) -> None:
+        super().__init__(settings)
+        self._service, self._drain_timeout_s, self._ready = service, drain_timeout_s, ready
+        self._drain: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals in the loop, and do not raise them again afterwards: a drained exit is a good one."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._service.ready = True
+            self._ready()
+
+    def _on_signal(self) -> None:
+        if self._drain is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        self._drain = asyncio.create_task(self._finish_running())
+
+    async def _finish_running(self) -> None:
+        deadline_s = time.monotonic() + self._drain_timeout_s
+        while len(self._service.streams) and time.monotonic() < deadline_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        self.should_exit = True
+
+
+def inspect(config: ServeConfig, folder: Path, report: Report) -> Receipt:
+    """The receipt of an adapter on the base model, without serving it.
+
+    Raises:
+        ModelError, AdapterError: the base or the adapter cannot be served.
+    """
+    loaded = load_base(config, report)
+    registry = new_registry(loaded, budget_bytes=0)
+    return registry.examine(folder)[1]
