@@ -154,7 +154,7 @@ TASKS = {
         facts=boolq_facts,
         hint="Answer with one word, true or false: ",
         adapter={"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
-        recipe=Recipe(steps=320, learning_rate=1e-3, test_rows=600, answer_tokens=4),
+        recipe=Recipe(steps=200, learning_rate=1e-3, test_rows=400, answer_tokens=4),
         demo="Is confectioners' sugar the same as powdered sugar?",
         choices=("true", "false"),
     ),

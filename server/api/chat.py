@@ -22,6 +22,12 @@ from motet.server.api.service import Service
 from motet.server.api.text import Tokenizer, token_bytes, token_text
 from motet.server.engine.types import TokenLogprobs
 
+RESERVED = frozenset(
+    "conversation tools chat_template add_generation_prompt continue_final_message tokenize padding truncation "
+    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+)
+"""What chat_template_kwargs may not set: it is set here, or would cut or pad the prompt."""
+
 
 def router(service: Service) -> APIRouter:
     """The endpoint, bound to a service."""
@@ -51,9 +57,8 @@ def _prompt(tokenizer: Tokenizer, body: ChatBody) -> Sequence[int]:
         raise bad_request("the base model has no chat template; use /v1/completions", "messages")
     if body.continue_final_message and body.add_generation_prompt:
         raise bad_request("continue_final_message needs add_generation_prompt: false", "continue_final_message")
-    reserved = {"conversation", "tokenize", "return_dict", "return_tensors", "tools", "chat_template"}
     extra = body.chat_template_kwargs or {}
-    if taken := reserved & extra.keys():
+    if taken := RESERVED & extra.keys():
         raise bad_request(f"chat_template_kwargs may not set {sorted(taken)[0]!r}", "chat_template_kwargs")
     messages = [
         {

@@ -5,6 +5,7 @@ Must not know: what raised them beyond their type. No message or log line carrie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -76,6 +77,18 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _field(error: Mapping[str, Any], body: Any) -> str | None:
+    """The place of a validation error in the body, without pydantic's names for the types of a union."""
+    named: list[str] = []
+    for part in error["loc"][1:]:
+        inside = isinstance(body, dict) and part in body or isinstance(body, list) and isinstance(part, int)
+        if inside:
+            body = body[part]
+        if inside or (error["type"] == "missing" and part == error["loc"][-1]):
+            named.append(str(part))
+    return ".".join(named).encode(errors="replace").decode() or None
+
+
 def install(app: FastAPI) -> None:
     """Answer every error in OpenAI's shape."""
 
@@ -93,9 +106,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        param = ".".join(where) or None
+        # Of a value that may be of several types, the error found deepest is that of the type that was meant.
+        first = max(error.errors(), key=lambda found: len(found["loc"]))
+        param = _field(first, error.body)
         message = f"{param}: {first['msg']}" if param else str(first["msg"])
         if first["type"] == "extra_forbidden":
             message = f"unknown field {param!r}; it would change nothing here, so it is refused: remove it"

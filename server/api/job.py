@@ -77,8 +77,10 @@ class Job:
         service.require_open()
         copies = body.n or 1
         samplings = [_sampling(service, body, prompt, wanted) for prompt in prompts]
+        stops = _stops(body)
         self.drop_drawn = wanted.max_tokens == 0
         self.prompts = prompts
+        # Nothing from here to the submission may refuse the request: nobody would end the lease and the stream.
         self._lease = service.resolve(body.model)
         self.version = None if self._lease is None else self._lease.version
         self.system_fingerprint = service.fingerprint(self._lease)
@@ -90,7 +92,7 @@ class Job:
                 detokenizer=Detokenizer(
                     service.tokenizer,
                     prompts[index // copies],
-                    _stops(body),
+                    stops,
                     skip_special_tokens=body.skip_special_tokens,
                     include_stop=body.include_stop_str_in_output,
                 ),
@@ -219,6 +221,11 @@ def _sampling(service: Service, body: GenerationBody, prompt: Sequence[int], wan
     if body.min_tokens > max_tokens:
         raise bad_request(f"min_tokens {body.min_tokens} exceeds max_tokens {max_tokens}", "min_tokens")
     stop_tokens = frozenset(body.stop_token_ids or ())
+    if stop_tokens and (largest := max(stop_tokens)) >= base.vocabulary:
+        raise bad_request(
+            f"stop_token_ids has token {largest}; the base model's tokens are 0 to {base.vocabulary - 1}",
+            "stop_token_ids",
+        )
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+Text = Annotated[str, StringConstraints(min_length=0)]
+"""Text that has a UTF-8 form: the constraint makes pydantic look, and refuse half of a surrogate pair."""
 TokenIds = list[Annotated[int, Field(ge=0)]]
 MOST_STOPS = 16
 MOST_CHOICES = 128
@@ -49,7 +51,7 @@ class GenerationBody(Body):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -72,7 +74,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: Text | list[Text] | TokenIds | list[TokenIds]
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1)
@@ -84,15 +86,15 @@ class ContentPart(Body):
     """One part of a message's content: only text is honoured."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """One chat message; which roles and orders are possible is the chat template's matter."""
 
-    role: str
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
+    role: Text
+    content: Text | list[ContentPart] | None = None
+    name: Text | None = None
     refusal: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 

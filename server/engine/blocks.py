@@ -4,8 +4,9 @@ Must not know: tensors, adapters, sampling. Ownership: a block is held by the ge
 count), or is spare. A spare block may still carry reusable content; it loses it only when it is handed out again.
 
 Sharing is by exact structure, not by hash: the key of a block is (parent, tokens), where the parent of the first block
-is the namespace (adapter version and gate) and that of a later one is the serial number of the content before it. Equal
-keys therefore mean equal namespace and equal token prefix, always (invariant I3).
+is the namespace (adapter version and gate), in a tuple so that it equals no number, and that of a later one is the
+serial number of the content before it. Equal keys therefore mean equal namespace and equal token prefix, always
+(invariant I3).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class BlockPool:
     def match(self, namespace: Hashable, tokens: Sequence[int]) -> list[BlockId]:
         """Hold the longest chain of shared full blocks that begins these tokens."""
         found: list[BlockId] = []
-        parent = namespace
+        parent: Hashable = (namespace,)
         for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
             block = self._by_key.get((parent, tuple(tokens[start : start + self.block_size])))
             if block is None:
@@ -95,7 +96,7 @@ class BlockPool:
         for index in range(start, stop):
             if blocks[index] in self._content:
                 continue
-            parent: Hashable = namespace
+            parent: Hashable = (namespace,)
             if index > 0:
                 before = self._content.get(blocks[index - 1])
                 if before is None:

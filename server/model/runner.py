@@ -41,7 +41,8 @@ class ModelRunner:
         loaded.step.effects = self._effects.build(spans)
         try:
             tokens_1T, positions_1T = token_tensors(spans, loaded.device)
-            logits_nV = loaded.forward(tokens_1T, positions_1T, torch.tensor(needed, device=loaded.device))
+            rows_n = torch.tensor(needed, dtype=torch.int64, device=loaded.device)
+            logits_nV = loaded.forward(tokens_1T, positions_1T, rows_n)
         finally:
             loaded.attention.batch = None
             loaded.step.effects = None

@@ -38,7 +38,8 @@ def draw_tokens(logits_nV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """One token per row.
 
     Semantics: logit bias, then repetition, frequency and presence penalties, then the ban on ending early, then
-    temperature, top-k, top-p and min-p, then inversion of the cumulative distribution at the row's uniform number.
+    temperature, top-k, top-p (of the mass that top-k left) and min-p, then inversion of the cumulative distribution at
+    the row's uniform number.
 
     Args:
         logits_nV: float32; changed in place where a row asks for biases or penalties.
@@ -80,11 +81,15 @@ def _draw_randomly(logits_nV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tens
     def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, device=device)[:, None]
 
-    scaled_nV = logits_nV / column([draw.sampling.temperature for draw in draws])
-    sorted_nV, tokens_nV = scaled_nV.sort(dim=-1, descending=True)
-    probabilities_nV = sorted_nV.softmax(dim=-1)
+    # Relative to the largest logit, so that no temperature is too small: 0 stays 0, the rest goes to -inf at worst.
+    smallest = torch.finfo(logits_nV.dtype).tiny
+    temperature_n1 = column([max(draw.sampling.temperature, smallest) for draw in draws])
+    scaled_nV = (logits_nV - logits_nV.amax(dim=-1, keepdim=True)) / temperature_n1
+    sorted_nV, tokens_nV = scaled_nV.sort(dim=-1, descending=True, stable=True)
     ranks_V = torch.arange(vocabulary, device=device)
-    keep_nV = ranks_V < column([draw.sampling.top_k or vocabulary for draw in draws])
+    beyond_k_nV = ranks_V >= column([min(draw.sampling.top_k or vocabulary, vocabulary) for draw in draws])
+    probabilities_nV = sorted_nV.masked_fill(beyond_k_nV, float("-inf")).softmax(dim=-1)
+    keep_nV = probabilities_nV > 0
     mass_before_nV = probabilities_nV.cumsum(dim=-1) - probabilities_nV
     keep_nV &= mass_before_nV < column([draw.sampling.top_p for draw in draws])
     keep_nV &= probabilities_nV >= column([draw.sampling.min_p for draw in draws]) * probabilities_nV[:, :1]

@@ -58,7 +58,7 @@ async def listening(answer: Callable[[StreamReader, StreamWriter], Awaitable[Non
         task = asyncio.current_task()
         assert task is not None
         answers.add(task)
-        with suppress(ConnectionError):  # a client that gave up
+        with suppress(OSError):  # a client that gave up, or streams that never were enough
             try:
                 await answer(reader, writer)
             finally:
@@ -94,7 +94,7 @@ async def scripted(packets: Sequence[bytes], hang: bool = False) -> AsyncIterato
 class FakeModels:
     """Serves /version, /v1/models and /v1/completions; a model named `refusing` answers 500.
 
-    Streams stay silent until `hold_until` of them have been under way at once.
+    Streams stay silent until `hold_until` of them have been under way at once, and break off if that never happens.
     """
 
     adapters: int = 0
@@ -130,8 +130,9 @@ class FakeModels:
             return
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        while self.most_in_flight < self.hold_until:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            while self.most_in_flight < self.hold_until:
+                await asyncio.sleep(0.001)
         tokens, prompt = request["max_tokens"], request["prompt"]
         assert isinstance(tokens, int)
         assert isinstance(prompt, list | str)

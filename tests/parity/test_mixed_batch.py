@@ -1,0 +1,122 @@
+"""One mixed batch of base and every adapter form gives each request what PEFT and generate() give it alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.parity.conftest import Served
+from tests.support.harness import GREEDY
+from tests.support.models import VOCABULARY
+from tests.support.tolerances import TOLERANCES
+
+
+def _requests(served: Served, seed: int) -> list[tuple[list[int], str | None]]:
+    """Every adapter once and the base twice, prompts of 1 to 40 tokens, in random order."""
+    chance = random.Random(seed)
+    adapters = [None, None, *served.folders]
+    chance.shuffle(adapters)
+    return [([chance.randrange(3, VOCABULARY) for _ in range(chance.randint(1, 40))], name) for name in adapters]
+
+
+def test_adapters_change_the_answer(served: Served) -> None:
+    """The comparisons below mean something: every adapter moves the logits by far more than the tolerance."""
+    prompt = list(range(3, 15))
+    base, *adapted = served.harness.logits([(prompt, None)] + [(prompt, name) for name in served.folders])
+    for name, logits in zip(served.folders, adapted, strict=True):
+        assert (logits - base).abs().max() > 1e-2, name
+
+
+def test_logits_equal_peft_in_one_mixed_batch(served: Served) -> None:
+    requests = _requests(served, seed=1)
+    assert len({name for _, name in requests}) >= 9
+    actual = served.harness.logits(requests)
+    expected = torch.stack([served.expected_logits(prompt, name) for prompt, name in requests])
+    TOLERANCES["logits", torch.float32].assert_close(actual, expected)
+
+
+def test_mixed_batch_equals_each_request_alone(served: Served) -> None:
+    requests = _requests(served, seed=2)
+    together = served.harness.logits(requests)
+    alone = torch.cat([served.harness.logits([request]) for request in requests])
+    TOLERANCES["logits", torch.float32].assert_close(together, alone)
+
+
+def test_greedy_tokens_equal_generate(served: Served) -> None:
+    requests = _requests(served, seed=3)
+    made = served.harness.run(requests, replace(GREEDY, max_tokens=10))
+    for (prompt, name), result in zip(requests, made, strict=True):
+        tokens = torch.tensor([prompt])
+        expected = served.oracle(name).generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10, do_sample=False, eos_token_id=-1
+        )
+        assert result.tokens == expected[0, len(prompt) :].tolist(), name
+
+
+def test_decode_logits_equal_a_full_forward(served: Served) -> None:
+    """Every step of a generation, not only the first: cache, positions and adapters across steps."""
+    requests = _requests(served, seed=4)
+    for (prompt, name), result in zip(requests, served.harness.run(requests), strict=True):
+        whole = torch.tensor([[*prompt, *result.tokens]])
+        with torch.no_grad():
+            expected = served.oracle(name)(input_ids=whole).logits[0, len(prompt) - 1 : -1].float()
+        TOLERANCES["logits", torch.float32].assert_close(torch.stack(result.logits), expected)
+
+
+def test_prefix_cache_is_not_shared_between_adapters(served: Served) -> None:
+    """The same prompt through every adapter, twice: the second time from the cache, with the same answers."""
+    prompt = [(11 * i) % VOCABULARY for i in range(3, 40)]
+    requests = [(prompt, name) for name in [None, *served.folders]]
+    first = served.harness.run(requests)
+    second = served.harness.run(requests)
+    assert all(result.events[0].cached_tokens >= len(prompt) - 4 for result in second)
+    for before, after, (_, name) in zip(first, second, requests, strict=True):
+        assert before.tokens == after.tokens, name
+        TOLERANCES["logits", torch.float32].assert_close(torch.stack(after.logits), torch.stack(before.logits))
+
+
+def test_preemption_changes_no_answer(served: Served) -> None:
+    """With too few blocks for all, requests are preempted and computed again, and still answer the same."""
+    requests = _requests(served, seed=5)
+    sampling = replace(GREEDY, max_tokens=12)
+    expected = [result.tokens for result in served.harness.run(requests, sampling)]
+    scheduler, spare = served.harness.scheduler, 16
+    held = served.harness.pool.allocate(served.harness.pool.size - spare)
+    assert held is not None
+    before = scheduler.preemptions
+    try:
+        actual = [result.tokens for result in served.harness.run(requests, sampling)]
+    finally:
+        served.harness.pool.release(held)
+    assert scheduler.preemptions > before
+    assert actual == expected
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_chunk_size_changes_no_answer(served: Served, rows: int) -> None:
+    requests = _requests(served, seed=6)[:5]
+    limits = served.harness.scheduler.limits
+    served.harness.scheduler.limits = replace(limits, rows=rows)
+    try:
+        actual = served.harness.logits(requests)
+    finally:
+        served.harness.scheduler.limits = limits
+    expected = torch.stack([served.expected_logits(prompt, name) for prompt, name in requests])
+    TOLERANCES["logits", torch.float32].assert_close(actual, expected)
+
+
+def test_reloading_a_name_changes_its_answers_at_once(served: Served) -> None:
+    """A name that moves to other content: no stale prefix cache, no stale step effects."""
+    prompt = [(7 * i) % VOCABULARY for i in range(3, 30)]
+    harness = served.harness
+    harness.load("moving", served.folders["lora-all"])
+    before = harness.logits([(prompt, "moving")])[0]
+    harness.registry.load("moving", served.folders["rslora"], replace=True)
+    after = harness.logits([(prompt, "moving")])[0]
+    harness.registry.unload("moving")
+    tolerance = TOLERANCES["logits", torch.float32]
+    tolerance.assert_close(before, served.expected_logits(prompt, "lora-all"))
+    tolerance.assert_close(after, served.expected_logits(prompt, "rslora"))
