@@ -64,17 +64,24 @@ def confine(path: Path, roots: Sequence[Path]) -> Path:
 
     Raises:
         UnsafePathError: the path leaves every root, or there are no roots.
+        SourceNotFoundError: there is nothing at a relative path.
     """
     if not roots:
         raise UnsafePathError(
             "loading from a path is off: no adapter root is configured; start the server with --adapter-root DIR"
         )
+    leaves = path.is_absolute() or ".." in path.parts
     for root in roots:
-        real_root = root.resolve()
-        real_path = (real_root / path).resolve()
-        if real_path.is_relative_to(real_root) and (real_path.exists() or path.is_absolute()):
-            return real_path
-    if path.is_absolute() or ".." in path.parts:
+        try:
+            real_root = root.resolve()
+            real_path = (real_root / path).resolve()
+            below = real_path.is_relative_to(real_root)
+            if below and (real_path.exists() or path.is_absolute()):
+                return real_path
+        except (OSError, RuntimeError, ValueError):
+            continue  # no such path can exist: a loop of links, a name too long, a zero byte
+        leaves = leaves or not below
+    if leaves:
         raise UnsafePathError("the adapter's path is outside every --adapter-root; move it below one, or add a root")
     raise SourceNotFoundError(f"adapter source {str(path)!r} is below none of the adapter roots; check the path")
 
@@ -83,22 +90,17 @@ def read(folder: Path, limits: Limits = Limits()) -> AdapterFiles:
     """Read and check an adapter folder in PEFT's layout.
 
     Raises:
-        SourceNotFoundError: the folder or one of its two files is missing.
+        SourceNotFoundError: the folder or one of its two files is missing or may not be read.
         UnsafeFormatError: the weights are only there as a pickle.
         UnsafePathError: a file is a link that leaves the folder.
         CorruptSourceError: a file is too large, truncated or contradicts its header.
     """
-    if not folder.is_dir():
-        raise SourceNotFoundError(f"adapter source {folder.name!r} is not a folder; give the folder PEFT saved")
-    config_bytes = _read_file(folder, CONFIG_FILE, limits.config_bytes)
-    if not (folder / WEIGHTS_FILE).exists():
-        for name in PICKLES:
-            if (folder / name).exists():
-                raise UnsafeFormatError(
-                    f"{name} is a pickle, which can run code when it is read; save the adapter with "
-                    f"safe_serialization=True, which writes {WEIGHTS_FILE}"
-                )
-    weights = _read_file(folder, WEIGHTS_FILE, limits.weights_bytes)
+    try:
+        config_bytes, weights = _read_both(folder, limits)
+    except OSError as error:
+        raise SourceNotFoundError(
+            f"adapter folder {folder.name!r} cannot be read: {error.strerror}; check its permissions"
+        ) from error
     digest = hashlib.sha256()
     for part in (config_bytes, weights):
         digest.update(len(part).to_bytes(8, "little"))
@@ -109,6 +111,21 @@ def read(folder: Path, limits: Limits = Limits()) -> AdapterFiles:
         digest=Digest(digest.hexdigest()),
         weights_bytes=len(weights),
     )
+
+
+def _read_both(folder: Path, limits: Limits) -> tuple[bytes, bytes]:
+    """The bytes of the configuration and of the weights."""
+    if not folder.is_dir():
+        raise SourceNotFoundError(f"adapter source {folder.name!r} is not a folder; give the folder PEFT saved")
+    config = _read_file(folder, CONFIG_FILE, limits.config_bytes)
+    if not (folder / WEIGHTS_FILE).exists():
+        for name in PICKLES:
+            if (folder / name).exists():
+                raise UnsafeFormatError(
+                    f"{name} is a pickle, which can run code when it is read; save the adapter with "
+                    f"safe_serialization=True, which writes {WEIGHTS_FILE}"
+                )
+    return config, _read_file(folder, WEIGHTS_FILE, limits.weights_bytes)
 
 
 def _read_file(folder: Path, name: str, limit: int) -> bytes:

@@ -45,6 +45,7 @@ def low_rank_plan(
     Raises:
         BackendUnavailableError: the backend cannot run here or on this arena.
     """
+    assert arena_NU.is_contiguous(), f"the arena has strides {arena_NU.stride()}"
     segments.check(shapes, (arena_NU.shape[0], arena_NU.shape[1]), n_rows)
     match backend:
         case "reference":

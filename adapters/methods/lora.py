@@ -14,7 +14,7 @@ import torch
 
 from motet.adapters.base import BaseModel, Target
 from motet.adapters.effects import Lowered, LowRank, OutputBias, OutputScale, TargetEffects
-from motet.adapters.errors import ConfigError, MissingTensorError, UnsupportedError, listed
+from motet.adapters.errors import ConfigError, MissingTensorError, NonFiniteError, UnsupportedError, listed
 from motet.adapters.methods.peft_config import PeftLoraConfig, parse
 from motet.adapters.methods.tensors import PREFIX, TensorBag
 from motet.adapters.source import AdapterFiles
@@ -44,8 +44,9 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
         )
     effects = {name: _lower_target(base.targets[name], config, bag, base) for name in base.targets if name in expected}
     if config.bias == "all":
-        for name in bag.modules_with(".bias") & base.targets.keys():
-            effects[name] = TargetEffects(bias=_replaced_bias(base.targets[name], bag, base))
+        for name in (bag.modules_with(".bias") & base.targets.keys()) - effects.keys():
+            if base.targets[name].has_bias:
+                effects[name] = TargetEffects(bias=_replaced_bias(base.targets[name], bag, base))
     _refuse_known_leftovers(bag)
     bag.require_empty()
     if not effects:
@@ -65,14 +66,16 @@ def _method_name(config: PeftLoraConfig) -> str:
 
 
 def _lower_target(target: Target, config: PeftLoraConfig, bag: TensorBag, base: BaseModel) -> TargetEffects:
-    stem, rank, scale = PREFIX + target.name, config.rank(target.name), config.scale(target.name)
+    stem, rank = PREFIX + target.name, config.rank(target.name)
     a_RI = bag.take(f"{stem}.lora_A.weight", (rank, target.in_width))
-    b_OR = bag.take(f"{stem}.lora_B.weight", (target.out_width, rank)) * scale
+    b_OR = bag.take(f"{stem}.lora_B.weight", (target.out_width, rank)) * config.scale(target.name)
     scale_effect = None
     if config.use_dora:
         magnitude_O = bag.take(f"{stem}.lora_magnitude_vector", (target.out_width,))
         norm_O = torch.linalg.vector_norm(base.weight(target.name) + b_OR @ a_RI, dim=1)
         scale_effect = OutputScale(magnitude_O / norm_O - 1)
+        if not bool(torch.isfinite(scale_effect.delta_O).all()):
+            raise NonFiniteError(f"DoRA divides by zero on {target.name!r}: W + s·B A has a row of zeros; exclude it")
     return TargetEffects(LowRank(a_RI, b_OR), scale_effect, _bias(target, config, bag, base))
 
 

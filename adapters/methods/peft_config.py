@@ -22,6 +22,14 @@ Value = TypeVar("Value")
 LONGEST_PATTERN = 2_000
 """Characters of a regular expression that is accepted from a config."""
 
+WHOLE_PATH = "{}"
+PATH_ENDING = r"(.*\.)?({})$"
+NUMBERED_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+"""What PEFT puts around a pattern before it matches module paths with it."""
+
+ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+"""Where PEFT finds the layer's number when no pattern says."""
+
 SERVED = frozenset(
     "alpha_pattern bias exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias "
     "peft_type r rank_pattern target_modules use_dora use_rslora".split()
@@ -129,9 +137,9 @@ class PeftLoraConfig:
         return self._layer(module) in self.layers_to_transform
 
     def _layer(self, module: str) -> int | None:
-        rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for rule in rules if (match := re.match(rule, module))), None)
-        return int(found[1]) if found else None
+        rules = [NUMBERED_LAYER.format(pattern) for pattern in self.layers_pattern]
+        found = next((match for rule in rules or [ANY_LAYER] if (match := re.match(rule, module))), None)
+        return int(found["idx"]) if found and found["idx"] else None
 
     @staticmethod
     def _matches(rule: str | tuple[str, ...], module: str) -> bool:
@@ -203,7 +211,7 @@ def _check_init(init: object) -> None:
 
 
 def _first_match(table: Sequence[tuple[str, Value]], module: str, default: Value) -> Value:
-    return next((value for key, value in table if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in table if re.match(PATH_ENDING.format(key), module)), default)
 
 
 def _boolean(config: Mapping[str, Any], key: str) -> bool:
@@ -233,7 +241,7 @@ def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> str:
 
 def _modules(key: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str):
-        return _regular_expression(key, value)
+        return _regular_expression(key, value, WHOLE_PATH)
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         return tuple(value)
     raise ConfigError(f"{key}={value!r} is neither a regular expression nor a list of module names")
@@ -243,7 +251,7 @@ def _patterns(key: str, value: object) -> tuple[str, ...]:
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, list | tuple):
         raise ConfigError(f"{key}={value!r} is not a list of regular expressions")
-    return tuple(_regular_expression(key, pattern) for pattern in patterns)
+    return tuple(_regular_expression(key, pattern, NUMBERED_LAYER) for pattern in patterns)
 
 
 def _layers(value: object) -> frozenset[int] | None:
@@ -259,15 +267,18 @@ def _pattern_table(key: str, value: object, check: Callable[[str, object], Value
     if not isinstance(value, dict):
         raise ConfigError(f"{key}={value!r} is not an object of pattern: value")
     return tuple(
-        (_regular_expression(key, pattern), check(f"{key}[{pattern!r}]", item)) for pattern, item in value.items()
+        (_regular_expression(key, pattern, PATH_ENDING), check(f"{key}[{pattern!r}]", item))
+        for pattern, item in value.items()
     )
 
 
-def _regular_expression(key: str, value: object) -> str:
+def _regular_expression(key: str, value: object, around: str) -> str:
+    """The pattern itself, once it compiles alone and in its place."""
     if not isinstance(value, str) or len(value) > LONGEST_PATTERN:
         raise ConfigError(f"{key} has a pattern that is not a string of at most {LONGEST_PATTERN} characters")
     try:
         re.compile(value)
-    except re.error as error:
+        re.compile(around.format(value))
+    except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{key} has an invalid regular expression {value!r}: {error}") from error
     return value

@@ -63,6 +63,8 @@ class TritonPlan:
         largest_rank = self._largest_rank[target]
         if largest_rank == 0:
             return
+        assert x_TI.is_contiguous(), f"x has strides {x_TI.stride()}; the kernels read whole rows"
+        assert y_TO.is_contiguous(), f"y has strides {y_TO.stride()}; the kernels read whole rows"
         shape = self._shapes[target]
         shrink[self._n_tiles, triton.cdiv(largest_rank, self._block_r)](
             x_TI,

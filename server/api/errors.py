@@ -81,7 +81,7 @@ def _field(error: Mapping[str, Any], body: Any) -> str | None:
     """The place of a validation error in the body, without pydantic's names for the types of a union."""
     named: list[str] = []
     for part in error["loc"][1:]:
-        inside = isinstance(body, dict) and part in body or isinstance(body, list) and isinstance(part, int)
+        inside = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
         if inside:
             body = body[part]
         if inside or (error["type"] == "missing" and part == error["loc"][-1]):

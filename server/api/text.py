@@ -5,6 +5,7 @@ Must not know: HTTP, the engine, adapters.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -59,14 +60,22 @@ class Detokenizer:
         include_stop: bool,
     ) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(ids=list(prompt[-CONTEXT_TOKENS:]), skip_special_tokens=skip_special_tokens)
+        context = list(prompt[-CONTEXT_TOKENS:])
+        self._decoder = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
+        shown: str = self._backend.decode(context, skip_special_tokens=skip_special_tokens)
+        # A context that ends within a character is not taken for context: the first text begins with it.
+        self._repeated = shown if shown.endswith("\ufffd") else ""
         self._stops = stops
         self._include_stop = include_stop
         self._held = ""
 
     def add(self, token: int) -> TextPiece:
         """Text that is final after this token."""
-        self._held += self._decoder.step(self._backend, token) or ""
+        text = self._decoder.step(self._backend, token) or ""
+        if text and self._repeated:
+            text = text[len(os.path.commonprefix([text, self._repeated])) :]
+            self._repeated = ""
+        self._held += text
         for at, stop in sorted((self._held.find(stop), stop) for stop in self._stops):
             if at >= 0:
                 return TextPiece(self._held[: at + len(stop) * self._include_stop], stopped=True)

@@ -169,6 +169,7 @@ class Engine:
     def _observe(self, plan: Plan, step_s: float, failed: bool = False) -> None:
         scheduler, before = self._scheduler, self.state
         leases = scheduler.leases()
+        failures = before.failures + 1 if failed else 0
         self.state = EngineState(
             running=scheduler.running,
             waiting=scheduler.waiting,
@@ -180,5 +181,5 @@ class Engine:
             step_s=step_s,
             running_adapters=frozenset(lease.version.name for lease, runs in leases if runs),
             waiting_adapters=frozenset(lease.version.name for lease, runs in leases if not runs),
-            failures=before.failures + 1 if failed else 0,
+            failures=failures if plan.spans else before.failures,
         )

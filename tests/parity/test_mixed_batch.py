@@ -117,6 +117,10 @@ def test_reloading_a_name_changes_its_answers_at_once(served: Served) -> None:
     harness.registry.load("moving", served.folders["rslora"], replace=True)
     after = harness.logits([(prompt, "moving")])[0]
     harness.registry.unload("moving")
+    harness.load("moving", served.folders["patterns"])  # into the slot that was just freed
+    reloaded = harness.logits([(prompt, "moving")])[0]
+    harness.registry.unload("moving")
     tolerance = TOLERANCES["logits", torch.float32]
     tolerance.assert_close(before, served.expected_logits(prompt, "lora-all"))
     tolerance.assert_close(after, served.expected_logits(prompt, "rslora"))
+    tolerance.assert_close(reloaded, served.expected_logits(prompt, "patterns"))

@@ -53,6 +53,9 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("low_rank", torch.bfloat16): Tolerance(_LOW_RANK_ROUNDINGS * 2**-8, 1e-5, _LOW_RANK_REASON),
     ("low_rank", torch.float16): Tolerance(_LOW_RANK_ROUNDINGS * 2**-11, 1e-5, _LOW_RANK_REASON),
     ("logits", torch.float32): Tolerance(0, 1e-4, "the contract with PEFT: max |Δlogit| of a float32 model"),
+    ("bfloat16 error over PEFT's", torch.bfloat16): Tolerance(
+        1.25, 0, "both round every product to 8 bits, in another order: equal on average, ±25 % over a dozen prompts"
+    ),
     ("epilogue", torch.float32): Tolerance(1e-6, 1e-6, "a product and a sum, each rounded once in float32"),
     ("epilogue", torch.bfloat16): Tolerance(2 * 2**-8, 2**-8, "2 u: the scaled y, of order 1, and the biased sum"),
 }

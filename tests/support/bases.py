@@ -1,0 +1,65 @@
+"""Bases as adapters see them, made without a server: from a tiny model, or from names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from motet.adapters.arena import Arena
+from motet.adapters.base import BaseModel, Target
+from motet.adapters.residency import Residency
+
+
+def base_of(model: Any, name: str = "base") -> BaseModel:
+    """The base that a transformers model is: every linear but the head is a target."""
+    head = model.get_output_embeddings()
+    linears: dict[str, nn.Linear] = {
+        path: module for path, module in model.named_modules() if type(module) is nn.Linear and module is not head
+    }
+    parents = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+
+    def weight(path: str) -> torch.Tensor:
+        return linears[path].weight.detach().float()
+
+    def bias(path: str) -> torch.Tensor:
+        return linears[path].bias.detach().float()
+
+    targets = {
+        path: Target(index, path, linear.in_features, linear.out_features, linear.bias is not None)
+        for index, (path, linear) in enumerate(linears.items())
+    }
+    return BaseModel(
+        name=name,
+        fingerprint="0" * 64,
+        targets=targets,
+        other_modules=frozenset(parents - targets.keys()),
+        weight=weight,
+        bias=bias,
+        weight_norm=lambda path: float(torch.linalg.vector_norm(weight(path))),
+    )
+
+
+def base_of_names(targets: Iterable[str], other_modules: Iterable[str] = ()) -> BaseModel:
+    """A base of which only the names matter."""
+
+    def nothing(path: str) -> Any:
+        raise AssertionError(f"{path}: this base has names only")
+
+    return BaseModel(
+        name="base",
+        fingerprint="0" * 64,
+        targets={path: Target(index, path, 4, 4, has_bias=False) for index, path in enumerate(targets)},
+        other_modules=frozenset(other_modules),
+        weight=nothing,
+        bias=nothing,
+        weight_norm=nothing,
+    )
+
+
+def residency_of(base: BaseModel, budget_bytes: int = 1 << 20, dtype: torch.dtype = torch.float32) -> Residency:
+    """An empty arena for the base."""
+    widths = {width for target in base.targets.values() for width in (target.in_width, target.out_width)}
+    return Residency(base.targets, Arena(widths, budget_bytes, dtype, torch.device("cpu")))

@@ -1,0 +1,106 @@
+"""A runner without a model: its "cache" remembers who wrote what where, so that any mixing of blocks shows at once.
+
+The next token is a function of the adapter version and of all tokens as they stand in the cache's blocks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from motet.adapters.version import AdapterVersion, Digest, Slot
+from motet.server.engine.types import (
+    BlockId,
+    FinishReason,
+    GenerationId,
+    Plan,
+    Sampling,
+    Span,
+    SpanResult,
+    TokenLogprobs,
+)
+
+VOCABULARY = 3
+
+
+@dataclass(eq=False)
+class FakeLease:
+    version: AdapterVersion
+    slot: Slot = Slot(0)
+
+
+def version(name: str, digest: str = "0") -> AdapterVersion:
+    return AdapterVersion(name, Digest(digest))
+
+
+def next_token(version: AdapterVersion | None, tokens: Sequence[int]) -> int:
+    return zlib.crc32(repr((version, list(tokens))).encode()) % VOCABULARY
+
+
+def generate_alone(
+    version: AdapterVersion | None, prompt: Sequence[int], sampling: Sampling
+) -> tuple[list[int], FinishReason]:
+    """Drawn tokens and the reason of the end, by the definition and nothing else."""
+    tokens = list(prompt)
+    while True:
+        tokens.append(next_token(version, tokens))
+        drawn = len(tokens) - len(prompt)
+        if tokens[-1] in sampling.stop_token_ids and drawn >= sampling.min_tokens:
+            return tokens[len(prompt) :], FinishReason.STOP
+        if drawn == sampling.max_tokens:
+            return tokens[len(prompt) :], FinishReason.LENGTH
+
+
+def logprobs_at(token: int, position: int) -> TokenLogprobs:
+    """A report that tells which position it is about."""
+    return TokenLogprobs(token, -float(position), ())
+
+
+@dataclass(frozen=True)
+class _Cell:
+    version: AdapterVersion | None
+    position: int
+    token: int
+
+
+class FakeRunner:
+    """See `motet.server.engine.types.Runner`.
+
+    Args:
+        expected: generation → prompt and the tokens it will draw, to compare the cache with; None skips that.
+    """
+
+    def __init__(self, block_size: int, expected: Mapping[GenerationId, Sequence[int]] | None = None) -> None:
+        self._block_size = block_size
+        self._expected = expected
+        self._cells: dict[tuple[BlockId, int], _Cell] = {}
+        self.rows = 0
+
+    def run(self, plan: Plan) -> Sequence[SpanResult]:
+        for span in plan.spans:  # all rows are written before any is read, as in a forward
+            for position, token in enumerate(span.tokens, span.start):
+                self._cells[self._place(span, position)] = _Cell(span.version, position, token)
+        self.rows += plan.rows
+        return [self._result(span) for span in plan.spans]
+
+    def _place(self, span: Span, position: int) -> tuple[BlockId, int]:
+        return span.blocks[position // self._block_size], position % self._block_size
+
+    def _result(self, span: Span) -> SpanResult:
+        stop = span.start + len(span.tokens)
+        cells = [self._cells[self._place(span, position)] for position in range(stop)]
+        assert [cell.version for cell in cells] == [span.version] * stop, "keys and values of another version"
+        assert [cell.position for cell in cells] == list(range(stop)), "keys and values of other positions"
+        history = [cell.token for cell in cells]
+        if self._expected is not None:
+            assert history == list(self._expected[span.generation][:stop]), "keys and values of other tokens"
+        if span.history:
+            assert list(span.history[:stop]) == history
+        return SpanResult(
+            token=next_token(span.version, history) if span.draw else None,
+            logprobs=None,
+            prompt_logprobs=tuple(
+                logprobs_at(token, position) for position, token in enumerate(span.prompt_targets, span.start + 1)
+            ),
+        )
