@@ -14,7 +14,6 @@ from fastapi.responses import PlainTextResponse
 
 from motet.adapters.errors import AdapterError
 from motet.adapters.source import confine
-from motet.server.api.errors import bad_request
 from motet.server.api.schemas import LoadAdapterBody, UnloadAdapterBody
 from motet.server.api.service import Service
 
@@ -29,7 +28,7 @@ def router(service: Service) -> APIRouter:
     async def load_lora_adapter(body: LoadAdapterBody, request: Request) -> PlainTextResponse:
         service.require_admin_key(request.headers.get("authorization"))
         try:
-            folder = _confined(service, body.lora_path)
+            folder = confine(Path(body.lora_path), service.adapter_roots)
             info = await asyncio.to_thread(service.registry.load, body.lora_name, folder, replace=body.load_inplace)
         except AdapterError as error:
             service.metrics.loads.labels("refused").inc()
@@ -47,10 +46,3 @@ def router(service: Service) -> APIRouter:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return routes
-
-
-def _confined(service: Service, path: str) -> Path:
-    try:
-        return confine(Path(path), service.adapter_roots)
-    except (OSError, ValueError) as error:  # too long, or with a null byte
-        raise bad_request("lora_path cannot be a path; check it", "lora_path") from error

@@ -122,6 +122,10 @@ class Scheduler:
             generation = running.get(span.generation)
             if generation is None:
                 continue  # cancelled while the step ran
+            if result.error is not None:
+                events.append(TokenEvent(generation.id, finish=FinishReason.ERROR, error=result.error))
+                self._end(generation, ended)
+                continue
             self._advance(generation, len(span.tokens))
             prompt_logprobs = result.prompt_logprobs[max(0, generation.prompt_reported - span.start) :]
             generation.prompt_reported += len(prompt_logprobs)
@@ -142,10 +146,13 @@ class Scheduler:
                 )
             )
             if finish is not None:
-                self._running.remove(generation)
-                self._release(generation)
-                ended.append(generation)
+                self._end(generation, ended)
         return events, ended
+
+    def _end(self, generation: Generation, ended: list[Generation]) -> None:
+        self._running.remove(generation)
+        self._release(generation)
+        ended.append(generation)
 
     def _advance(self, generation: Generation, count: int) -> None:
         """The generation's next `count` tokens are in the cache now; share the blocks that became full."""

@@ -171,11 +171,13 @@ class SpanResult:
         token: the drawn token; None when the span draws none.
         logprobs: of the drawn token, where asked for.
         prompt_logprobs: one entry per prompt target.
+        error: why the span has no result; its generation ends.
     """
 
     token: int | None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,7 +34,7 @@ class LayerShape:
 
 
 class KvCache:
-    """Keys and values of every layer: [blocks, block_size, K, D] each.
+    """Keys and values of every layer: [blocks + 1, block_size, K, D] each; the last block stays zero and pads lists.
 
     Note: written in the step thread only. The scheduler decides which blocks mean what.
     """
@@ -45,7 +45,7 @@ class KvCache:
         self.block_size = block_size
         self.blocks = blocks
         self.keys = {
-            i: torch.zeros(blocks, block_size, s.heads, s.head_width, dtype=dtype, device=device)
+            i: torch.zeros(blocks + 1, block_size, s.heads, s.head_width, dtype=dtype, device=device)
             for i, s in layers.items()
         }
         self.values = {i: torch.zeros_like(keys) for i, keys in self.keys.items()}
@@ -62,7 +62,7 @@ class _Decodes:
 
     Attributes:
         rows_n: their rows in the batch.
-        blocks: [n · blocks per sequence] block list, padded with block 0.
+        blocks: [n · blocks per sequence] block list, padded with the cache's zero block.
         lengths_n: positions each row attends to, its own included.
     """
 
@@ -84,17 +84,27 @@ class _Chunk:
 
 
 class AttentionBatch:
-    """One step's rows, as attention sees them. Built once, used by every layer."""
+    """One step's rows, as attention sees them. Built once, used by every layer.
 
-    def __init__(self, spans: Sequence[Span], block_size: int, device: torch.device) -> None:
-        self._block_size = block_size
+    Attributes:
+        slots_T: where each row's keys and values go, in positions of the cache.
+        begun: blocks that are written for the first time and not filled: what is stale in them is cleared, because a
+            masked position still multiplies, and another request's infinity times zero would be NaN.
+    """
+
+    def __init__(self, spans: Sequence[Span], cache: KvCache, device: torch.device) -> None:
+        block_size = self._block_size = cache.block_size
         slots: list[int] = []
+        begun: list[int] = []
         self._chunks: list[_Chunk] = []
         singles: dict[int, list[tuple[int, Span]]] = {}
         row = 0
         for span in spans:
             positions = range(span.start, span.start + len(span.tokens))
             slots += [span.blocks[at // block_size] * block_size + at % block_size for at in positions]
+            stop = span.start + len(span.tokens)
+            if stop % block_size and stop % block_size <= len(span.tokens):
+                begun.append(span.blocks[stop // block_size])
             if len(span.tokens) == 1:
                 singles.setdefault((len(span.blocks) - 1).bit_length(), []).append((row, span))
             else:
@@ -102,12 +112,14 @@ class AttentionBatch:
                 self._chunks.append(_Chunk(row, row + len(span.tokens), span.start, blocks, {}))
             row += len(span.tokens)
         self.slots_T = torch.tensor(slots, device=device)
-        self._decodes = [self._group(members, device) for members in singles.values()]
+        self.begun = torch.tensor(begun, device=device) if begun else None
+        self._decodes = [self._group(members, cache.blocks, device) for members in singles.values()]
 
     @staticmethod
-    def _group(members: list[tuple[int, Span]], device: torch.device) -> _Decodes:
+    def _group(members: list[tuple[int, Span]], zero_block: int, device: torch.device) -> _Decodes:
         longest = max(len(span.blocks) for _, span in members)
-        blocks = [block for _, span in members for block in (*span.blocks, *(0,) * (longest - len(span.blocks)))]
+        padding = (zero_block,) * longest
+        blocks = [block for _, span in members for block in (*span.blocks, *padding)[:longest]]
         return _Decodes(
             rows_n=torch.tensor([row for row, _ in members], device=device),
             blocks=torch.tensor(blocks, device=device),
@@ -240,6 +252,9 @@ class PagedAttention:
         assert self.batch is not None
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.batch.begun is not None:
+            keys.index_fill_(0, self.batch.begun, 0)
+            values.index_fill_(0, self.batch.begun, 0)
         keys.view(-1, *keys.shape[2:]).index_copy_(0, self.batch.slots_T, key[0].transpose(0, 1))
         values.view(-1, *values.shape[2:]).index_copy_(0, self.batch.slots_T, value[0].transpose(0, 1))
         out_THD = self.batch.attend(query[0].transpose(0, 1), keys, values, scaling, sliding_window)

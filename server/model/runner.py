@@ -37,7 +37,7 @@ class ModelRunner:
         """One forward for all rows of the plan; results in the order of its spans."""
         spans, loaded = plan.spans, self._loaded
         needed, drawing = _logit_rows(spans)
-        loaded.attention.batch = AttentionBatch(spans, self._cache.block_size, loaded.device)
+        loaded.attention.batch = AttentionBatch(spans, self._cache, loaded.device)
         loaded.step.effects = self._effects.build(spans)
         try:
             tokens_1T, positions_1T = token_tensors(spans, loaded.device)
@@ -54,10 +54,11 @@ class ModelRunner:
         Args:
             drawing: per span, the index among the n rows of the one to draw from; only for spans that draw.
         """
+        broken = _broken(spans, logits_nV)
         prompts = self._prompt_logprobs(spans, logits_nV)
         draws = [span for span in spans if span.draw]
         if not draws:
-            return [SpanResult(None, None, prompts[span.generation]) for span in spans]
+            return [SpanResult(None, None, prompts[s.generation], broken.get(s.generation)) for s in spans]
         rows = torch.tensor(drawing, device=logits_nV.device)
         drawn_nV = logits_nV if len(drawing) == len(logits_nV) else logits_nV.index_select(0, rows)
         reporting = [i for i, span in enumerate(draws) if span.sampling.top_logprobs is not None]
@@ -71,8 +72,10 @@ class ModelRunner:
             reports = {draws[i].generation: report for i, report in zip(reporting, reported, strict=True)}
         chosen = {span.generation: token for span, token in zip(draws, tokens, strict=True)}
         return [
-            SpanResult(chosen.get(span.generation), reports.get(span.generation), prompts[span.generation])
-            for span in spans
+            SpanResult(
+                chosen.get(s.generation), reports.get(s.generation), prompts[s.generation], broken.get(s.generation)
+            )
+            for s in spans
         ]
 
     def _prompt_logprobs(
@@ -102,6 +105,22 @@ class ModelRunner:
             prompt=span.history[: span.prompt_length],
             output=span.history[span.prompt_length :],
         )
+
+
+def _broken(spans: Sequence[Span], logits_nV: torch.Tensor) -> dict[GenerationId, str]:
+    """Spans with a row of logits that holds NaN or infinity: the weights overflowed, and any token would be a lie."""
+    if len(logits_nV) == 0 or bool((largest_n := logits_nV.amax(dim=-1)).isfinite().all()):
+        return {}
+    finite = largest_n.isfinite().tolist()
+    broken: dict[GenerationId, str] = {}
+    row = 0
+    for span in spans:
+        stop = row + len(span.prompt_targets) + span.draw
+        if not all(finite[row:stop]):
+            model = "the base model" if span.version is None else f"adapter {span.version.name!r}"
+            broken[span.generation] = f"{model} computed NaN or infinity for this prompt; its weights overflow"
+        row = stop
+    return broken
 
 
 def _logit_rows(spans: Sequence[Span]) -> tuple[list[int], list[int]]:

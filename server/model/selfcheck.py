@@ -64,7 +64,7 @@ class SelfCheck:
         # A whole prompt beside half of another; the other's rest but one token; then its last token alone.
         for spans in ([(0, 0, SEQUENCE), (1, 0, 9)], [(1, 9, SEQUENCE - 1)], [(1, SEQUENCE - 1, SEQUENCE)]):
             step = [self._span(*span) for span in spans]
-            attention.batch = AttentionBatch(step, BLOCK_SIZE, self._device)
+            attention.batch = AttentionBatch(step, attention.cache, self._device)
             ends = torch.tensor([len(span.tokens) for span in step], device=self._device).cumsum(0) - 1
             logits_nV = forward(*token_tensors(step, self._device), ends).float()
             last.update(zip((sequence for sequence, _, _ in spans), logits_nV, strict=True))

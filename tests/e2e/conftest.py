@@ -72,9 +72,7 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
 
 
 @pytest.fixture(scope="session")
-def tiny_server(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_adapter: Path
-) -> Iterator[Server]:
+def tiny_server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_adapter: Path) -> Iterator[Server]:
     """The random Llama, "tiny", with its adapter, "tuned"."""
     log = tmp_path_factory.mktemp("tiny-server") / "log"
     arguments = ["--model", str(tiny_model), "--name", "tiny", "--dtype", "float32", "--kv-memory", "64MiB"]

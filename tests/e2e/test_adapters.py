@@ -116,9 +116,7 @@ def test_unloading_what_is_not_loaded(server: Server) -> None:
 
 @pytest.mark.parametrize("key", [None, "wrong", ADMIN_KEY + "x", ADMIN_KEY[:-1]])
 @pytest.mark.parametrize("endpoint", ["load", "unload"])
-def test_administration_needs_the_admin_key(
-    server: Server, adapter_root: Path, key: str | None, endpoint: str
-) -> None:
+def test_administration_needs_the_admin_key(server: Server, adapter_root: Path, key: str | None, endpoint: str) -> None:
     body = {"lora_name": "tenant/a"}
     if endpoint == "load":
         body = {"lora_name": NAME, "lora_path": str(adapter_root / "random-c")}
@@ -158,9 +156,9 @@ def test_a_path_where_nothing_is(server: Server, adapter_root: Path) -> None:
         assert str(adapter_root) not in message
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "a/" * 5000])
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "a/" * 5000], ids=["a zero byte", "a long name", "a long path"])
 def test_a_path_that_cannot_be_one(server: Server, path: str) -> None:
-    refused(server, path, 400, None)
+    refused(server, path, 404, "adapter_source_not_found")
 
 
 CORRUPT = {

@@ -49,9 +49,7 @@ def chat(client: openai.OpenAI, model: str) -> Answer:
 
 
 def complete_streamed(client: openai.OpenAI, model: str) -> Answer:
-    with client.completions.create(
-        model=model, prompt=PROMPT, max_tokens=TOKENS, temperature=0, **STREAMED
-    ) as stream:
+    with client.completions.create(model=model, prompt=PROMPT, max_tokens=TOKENS, temperature=0, **STREAMED) as stream:
         *chunks, last = list(stream)
     assert last.choices == []
     assert len(chunks) == last.usage.completion_tokens, "one chunk per token"

@@ -34,7 +34,9 @@ def adapter(server: Server, adapter_root: Path) -> Iterator[str]:
 
 def raw_request(server: Server, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     connection.sendall(head.encode() + content)
     return connection

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,14 +81,16 @@ def _expected(peft: Any, requests: list[tuple[list[int], str | None]]) -> torch.
 
 
 @pytest.fixture(scope="module")
-def peft32(model_folder: Path) -> Iterator[Any]:
-    yield _peft(model_folder, torch.float32)
+def peft32(model_folder: Path) -> Any:
+    return _peft(model_folder, torch.float32)
 
 
 def test_there_are_three_clearly_different_examples() -> None:
     assert len(FOLDERS) >= 3
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in FOLDERS]
-    kinds = {(config["use_dora"], config["use_rslora"], config["r"], len(config["target_modules"])) for config in configs}
+    kinds = {
+        (config["use_dora"], config["use_rslora"], config["r"], len(config["target_modules"])) for config in configs
+    }
     assert len(kinds) == len(FOLDERS)
 
 
@@ -105,7 +106,10 @@ def test_float32_logits_and_tokens_equal_peft(
     for (prompt, name), result in list(zip(requests_, made, strict=True))[: len(FOLDERS) + 1]:
         tokens = torch.tensor([prompt])
         options: dict[str, Any] = {
-            "input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 12, "do_sample": False
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "max_new_tokens": 12,
+            "do_sample": False,
         }
         if name is None:
             with peft32.disable_adapter():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from motet.server.engine.types import FinishReason
 from tests.parity.conftest import Served
 from tests.support.harness import GREEDY
-from tests.support.models import VOCABULARY
+from tests.support.models import ALL_LINEARS, VOCABULARY, save_peft
 from tests.support.tolerances import TOLERANCES
 
 
@@ -51,7 +54,11 @@ def test_greedy_tokens_equal_generate(served: Served) -> None:
     for (prompt, name), result in zip(requests, made, strict=True):
         tokens = torch.tensor([prompt])
         expected = served.oracle(name).generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10, do_sample=False, eos_token_id=-1
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=-1,
         )
         assert result.tokens == expected[0, len(prompt) :].tolist(), name
 
@@ -124,3 +131,25 @@ def test_reloading_a_name_changes_its_answers_at_once(served: Served) -> None:
     tolerance.assert_close(before, served.expected_logits(prompt, "lora-all"))
     tolerance.assert_close(after, served.expected_logits(prompt, "rslora"))
     tolerance.assert_close(reloaded, served.expected_logits(prompt, "patterns"))
+
+
+def test_an_adapter_that_overflows_disturbs_nobody(served: Served, tmp_path: Path) -> None:
+    """Finite weights whose products are not: its own request fails, its neighbours and successors do not notice."""
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=ALL_LINEARS)
+    harness = served.harness
+    harness.load("overflow", save_peft(served.reference, tmp_path, config, seed=3, strength=1e25))
+    requests = _requests(served, seed=7)
+    expected = [result.tokens for result in harness.run(requests)]
+    prompt = list(range(3, 30))
+    together = harness.run([*requests, (prompt, "overflow")])
+    harness.registry.unload("overflow")
+    (event,) = together[-1].events
+    assert event.finish is FinishReason.ERROR
+    assert event.error is not None
+    assert "'overflow'" in event.error
+    assert [result.tokens for result in together[:-1]] == expected
+    for seed in range(8, 14):  # blocks it has written are used again
+        after = _requests(served, seed)
+        logits = harness.logits(after)
+        expected_logits = torch.stack([served.expected_logits(prompt, name) for prompt, name in after])
+        TOLERANCES["logits", torch.float32].assert_close(logits, expected_logits)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from motet.adapters.version import AdapterVersion, Digest, Slot
 from motet.server.engine.types import (
@@ -27,10 +27,10 @@ VOCABULARY = 3
 @dataclass(eq=False)
 class FakeLease:
     version: AdapterVersion
-    slot: Slot = Slot(0)
+    slot: Slot = field(default_factory=lambda: Slot(0))
 
 
-def version(name: str, digest: str = "0") -> AdapterVersion:
+def version_of(name: str, digest: str = "0") -> AdapterVersion:
     return AdapterVersion(name, Digest(digest))
 
 

@@ -38,7 +38,14 @@ def tiny_llama(seed: int = 0, **changes: Any) -> Any:
     """Llama with grouped-query attention and tied embeddings; widths that are no powers of two."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **{**_COMMON, "hidden_size": 48, "head_dim": 12, "intermediate_size": 72, "tie_word_embeddings": True, **changes}
+        **{
+            **_COMMON,
+            "hidden_size": 48,
+            "head_dim": 12,
+            "intermediate_size": 72,
+            "tie_word_embeddings": True,
+            **changes,
+        }
     )
     return _livelier(LlamaForCausalLM(config))
 

@@ -1,0 +1,119 @@
+"""The command line against a running server, and what it prints for programs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from motet.server.cli import cli
+from tests.e2e.process import ADMIN_KEY, Server, environment, free_port
+
+MOTET = str(Path(sys.executable).with_name("motet"))
+
+
+@pytest.fixture
+def motet(monkeypatch: pytest.MonkeyPatch, server: Server) -> Iterator[Any]:
+    """Calls a command on the running server as its administrator."""
+    monkeypatch.setenv("MOTET_ADMIN_KEY", ADMIN_KEY)
+    monkeypatch.setenv("MOTET_URL", server.url)
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+    yield call
+    if "from-cli" in server.models:
+        server.unload("from-cli")
+
+
+def test_version() -> None:
+    done = subprocess.run([MOTET, "version"], capture_output=True, text=True, env=environment(), check=True)
+    assert done.stdout.strip() == importlib.metadata.version("motet")
+    assert done.stderr == ""
+
+
+def test_the_life_of_an_adapter(motet: Any, server: Server) -> None:
+    models = set(server.models)
+    loaded = motet("adapters", "load", "from-cli", "random-c", "--json")
+    assert loaded.exit_code == 0, loaded.output
+    assert json.loads(loaded.stdout) == server.models["from-cli"]
+
+    rows = json.loads(motet("adapters", "list", "--json").stdout)
+    assert {row["id"] for row in rows} == {*models, "from-cli"} - {server.base}
+    assert all(row["parent"] == server.base for row in rows)
+    table = motet("adapters", "list").stdout
+    assert all(row["id"] in table and row["adapter"]["version"][:12] in table for row in rows)
+
+    again = motet("adapters", "load", "from-cli", "random-a")
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert "400: adapter 'from-cli' is already loaded" in again.stderr
+    replaced = motet("adapters", "load", "from-cli", "random-a", "--replace")
+    assert replaced.exit_code == 0
+    assert server.models["from-cli"]["adapter"]["version"] == server.models["tenant/a"]["adapter"]["version"]
+
+    unloaded = motet("adapters", "unload", "from-cli", "--json")
+    assert json.loads(unloaded.stdout) == {"unloaded": "from-cli"}
+    assert set(server.models) == models
+    assert motet("adapters", "unload", "from-cli").exit_code == 1
+
+
+def test_a_wrong_admin_key(motet: Any, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTET_ADMIN_KEY", "wrong")
+    result = motet("adapters", "unload", "tenant/a")
+    assert result.exit_code == 1
+    assert "401" in result.stderr
+    assert "wrong" not in result.output, "keys are never printed"
+    assert "tenant/a" in server.models
+
+
+def test_no_server_there(motet: Any) -> None:
+    result = motet("adapters", "list", "--url", f"http://127.0.0.1:{free_port()}")
+    assert result.exit_code == 1
+    assert "is the server running" in result.stderr
+
+
+def test_inspect(tiny_model: Path, tiny_adapter: Path) -> None:
+    arguments = ["adapters", "inspect", str(tiny_adapter), "--model", str(tiny_model)]
+    result = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert (facts["method"], facts["ranks"], facts["exact"]) == ("lora", [4, 4], True)
+    assert (facts["targets_matched"], facts["targets_expected"], len(facts["relative_norms"])) == (21, 21, 21)
+    assert len(facts["digest"]) == 64
+    table = CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout
+    assert facts["digest"] in table.replace("\n", "")
+
+
+def test_inspect_refuses_what_serving_would(tiny_model: Path, adapter_root: Path) -> None:
+    command = [MOTET, "adapters", "inspect", str(adapter_root / "random-a"), "--model", str(tiny_model)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/does/not/exist"], "cannot be loaded"),
+        (["--adapter", "nameless"], "is not NAME=PATH"),
+        (["--kv-memory", "plenty"], "is no size"),
+        (["--api-key-file", "/does/not/exist"], "cannot be read"),
+        (["--adapter", "x=/does/not/exist"], "error"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_start_that_cannot_be(tiny_model: Path, arguments: list[str], said: str) -> None:
+    command = [MOTET, "serve", "--port", str(free_port()), "--model", str(tiny_model), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
