@@ -22,6 +22,7 @@ from typing import Any
 import click
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from motet.server.config import OptionError, ServeConfig
@@ -38,7 +39,7 @@ def _read_toml(context: click.Context, _: click.Parameter, path: str | None) -> 
         return
     try:
         values = tomllib.loads(Path(path).expanduser().read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # the latter: no UTF-8, or no TOML
         raise click.BadParameter(f"{path!r} cannot be read: {error}") from error
     known = {field.name for field in dataclasses.fields(ServeConfig)}
     if unknown := values.keys() - known:
@@ -91,7 +92,7 @@ def serve(**options: Any) -> None:
 
 
 def _stage(text: str) -> None:
-    console.print(f"[dim]·[/dim] {text}")
+    console.print(f"[dim]·[/dim] {escape(text)}")
 
 
 def _summary(config: ServeConfig, assembled: Any) -> None:
@@ -234,5 +235,5 @@ def main() -> None:
 
         if not isinstance(error, OptionError | ModelError | AdapterError):
             raise
-        errors.print(f"[bold red]error[/bold red]  {error}", soft_wrap=True)
+        errors.print(f"[bold red]error[/bold red]  {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -87,6 +87,8 @@ def read_keys(option: str, path: str | None, variable: str) -> tuple[str, ...]:
             lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
         except OSError as error:
             raise OptionError(f"--{option} {path!r} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise OptionError(f"--{option} {path!r} is no UTF-8 text; write one key per line") from error
         found = [line for line in lines if line]
         if not found:
             raise OptionError(f"--{option} {path!r} holds no key; write one per line")

@@ -1,7 +1,6 @@
 """Train and score the example adapters: one base model, three PEFT folders, bare questions as prompts.
 
-Each adapter is scored from its written folder, read back by PEFT. This script must not know Motet: standard
-PEFT folders are all it hands over.
+Each adapter is scored as PEFT reads it back from its folder. This script must not know Motet.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ TASKS = {
         facts=boolq_facts,
         hint="Answer with one word, true or false: ",
         adapter={"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
-        recipe=Recipe(steps=200, learning_rate=1e-3, test_rows=400, answer_tokens=4),
+        recipe=Recipe(steps=240, learning_rate=1e-3, test_rows=400, answer_tokens=4),
         demo="Is confectioners' sugar the same as powdered sugar?",
         choices=("true", "false"),
     ),
@@ -163,7 +162,11 @@ TASKS = {
 
 def examples(task: Task, split: str) -> list[Example]:
     lines = (DATA / f"{task.data}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [example for line in lines if (example := task.read(json.loads(line))) is not None]
+    found = [example for line in lines if (example := task.read(json.loads(line))) is not None]
+    if task.choices is None:
+        return found
+    sides = ([example for example in found if example[1] == choice] for choice in task.choices)
+    return [example for pair in zip(*sides, strict=False) for example in pair]  # as many of the one as the other
 
 
 def prompt(tokenizer: Any, question: str) -> list[int]:
@@ -173,10 +176,9 @@ def prompt(tokenizer: Any, question: str) -> list[int]:
 
 def batches(rows: Sequence[tuple[list[int], list[int]]], steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Right-padded `(ids, labels)`; within every 16 batches, rows of like length go together."""
-    every = range(len(rows))
-    order = [i for _ in range(0, steps * BATCH, len(rows)) for i in random.sample(every, len(rows))]
+    order = [row for _ in range(0, steps * BATCH, len(rows)) for row in random.sample(rows, len(rows))]
     for start in range(0, steps * BATCH, 16 * BATCH):
-        pool = [rows[i] for i in order[start : min(start + 16 * BATCH, steps * BATCH)]]
+        pool = order[start : min(start + 16 * BATCH, steps * BATCH)]
         pool.sort(key=lambda row: len(row[0]) + len(row[1]))
         for first in random.sample(range(0, len(pool), BATCH), len(pool) // BATCH):
             chosen = pool[first : first + BATCH]
@@ -257,7 +259,6 @@ def score(model: Any, tokenizer: Any, task: Task, tests: Sequence[Example], hint
         metrics["majority_class"] = max(len(yes), len(no)) / len(tests)
         metrics["logit_accuracy"] = fmean([y > 0 for y in yes] + [n <= 0 for n in no])
         metrics["logit_auc"] = fmean((y > n) + (y == n) / 2 for y in yes for n in no)
-    print(metrics, *texts[:5], sep="\n  ", flush=True)
     return {name: round(value, 4) for name, value in metrics.items()}
 
 
@@ -280,8 +281,7 @@ def run(name: str, task: Task, base_folder: Path, seed: int) -> None:
     scores["adapter"] = score(adapted, tokenizer, task, chosen, "")
     scores["demo"] = said | {"adapter": answers(adapted, tokenizer, task, [task.demo], 80)[0][0]}
     scores |= {"steps": task.recipe.steps, "batch": BATCH, "learning_rate": task.recipe.learning_rate, "seed": seed}
-    scores |= {"training_seconds": seconds, "training_dtype": "float32 with bfloat16 autocast"}
-    scores |= {"saved_dtype": "bfloat16", "scoring_dtype": "float32", "threads": torch.get_num_threads()}
+    scores |= {"training_seconds": seconds, "training_dtype": "bfloat16 autocast", "scoring_dtype": "float32"}
     scores |= {package: version(package) for package in ("torch", "transformers", "peft")}
     (HERE / name / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 

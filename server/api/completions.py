@@ -22,7 +22,6 @@ from motet.server.api.service import Service
 from motet.server.api.text import Tokenizer, token_text
 from motet.server.engine.types import TokenLogprobs
 
-MOST_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default of this endpoint."""
 
@@ -57,8 +56,8 @@ def _prompts(service: Service, body: CompletionBody) -> Sequence[Sequence[int]]:
     """Token ids of each prompt: a string, strings, token ids, or lists of them."""
     given = body.prompt
     several: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-    if not several or len(several) > MOST_PROMPTS:
-        raise bad_request(f"prompt holds {len(several)} prompts; 1 to {MOST_PROMPTS} are possible", "prompt")
+    if not several:
+        raise bad_request("prompt is an empty list; give at least one prompt", "prompt")
     prompts = [
         service.tokenizer(one, add_special_tokens=body.add_special_tokens)["input_ids"] if isinstance(one, str) else one
         for one in several

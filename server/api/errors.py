@@ -86,7 +86,7 @@ def _field(error: Mapping[str, Any], body: Any) -> str | None:
             body = body[part]
         if inside or (error["type"] == "missing" and part == error["loc"][-1]):
             named.append(str(part))
-    return ".".join(named).encode(errors="replace").decode() or None
+    return ".".join(named) or None
 
 
 def install(app: FastAPI) -> None:

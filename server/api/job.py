@@ -16,6 +16,9 @@ from motet.server.api.service import Service
 from motet.server.api.text import Detokenizer
 from motet.server.engine.types import FinishReason, Sampling, TokenEvent, TokenLogprobs
 
+MOST_GENERATIONS = 1024
+"""Generations of one request: prompts times answers to each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -76,6 +79,12 @@ class Job:
         self._arrival_s = time.perf_counter()
         service.require_open()
         copies = body.n or 1
+        if len(prompts) * copies > MOST_GENERATIONS:
+            raise bad_request(
+                f"{len(prompts)} prompts with n={copies} are {len(prompts) * copies} generations; at most "
+                f"{MOST_GENERATIONS} are possible in one request",
+                "n",
+            )
         samplings = [_sampling(service, body, prompt, wanted) for prompt in prompts]
         stops = _stops(body)
         self.drop_drawn = wanted.max_tokens == 0

@@ -5,7 +5,8 @@ Must not know: HTTP, the engine, adapters.
 
 from __future__ import annotations
 
-import os
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -73,7 +74,7 @@ class Detokenizer:
         """Text that is final after this token."""
         text = self._decoder.step(self._backend, token) or ""
         if text and self._repeated:
-            text = text[len(os.path.commonprefix([text, self._repeated])) :]
+            text = text[_same(text, self._repeated) :]
             self._repeated = ""
         self._held += text
         for at, stop in sorted((self._held.find(stop), stop) for stop in self._stops):
@@ -94,6 +95,11 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _same(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in itertools.takewhile(bool, map(operator.eq, text, other)))
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

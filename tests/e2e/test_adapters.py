@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
@@ -161,7 +161,7 @@ def test_a_path_that_cannot_be_one(server: Server, path: str) -> None:
     refused(server, path, 404, "adapter_source_not_found")
 
 
-CORRUPT = {
+CORRUPT: dict[str, Callable[[Path], object]] = {
     "a truncated file": lambda folder: _cut(folder / "adapter_model.safetensors"),
     "not safetensors": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no tensors in here at all"),
     "a pickle": lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),

@@ -46,6 +46,7 @@ def test_a_drain_finishes_what_has_begun(tmp_path: Path) -> None:
             assert server.metrics["motet_running"] == 1, "the stream ended before the drain was looked at"
             *rest, last = list(stream)
         chunks += rest
+        assert last.usage is not None
         assert len(chunks) == last.usage.completion_tokens == TOKENS
         assert chunks[-1].choices[0].finish_reason == "length"
         assert server.process.wait(30) == 0

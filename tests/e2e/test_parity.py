@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.e2e.process import Server
 from tests.support.models import load_dense
@@ -138,20 +139,12 @@ def test_chat_is_the_rendered_template(tiny_server: Server, model: tuple[str, An
     expected = generated(reference, prompt)
     assert answer["usage"]["prompt_tokens"] == len(prompt)
     assert [entry["token"] for entry in content] == [tiny_tokenizer.decode([token]) for token in expected]
-    alphabet = {character: token for token, character in _bytes_of_alphabet().items()}
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
     for entry, token in zip(content, expected, strict=True):
         if token != END:
             assert entry["bytes"] == [alphabet[c] for c in tiny_tokenizer.convert_ids_to_tokens(token)]
         assert entry["top_logprobs"][0]["logprob"] == entry["logprob"], "greedy tokens are the most likely ones"
         assert len(entry["top_logprobs"]) == 2
-
-
-def _bytes_of_alphabet() -> dict[int, str]:
-    """The byte-level alphabet, as transformers has it."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    table: dict[int, str] = bytes_to_unicode()
-    return table
 
 
 class TestEvaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -10,7 +11,7 @@ import pytest
 from tests.e2e.process import Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "a"}]
+MESSAGES: Any = [{"role": "user", "content": "a"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
 IMAGE = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://x"}}]
@@ -49,7 +50,8 @@ BOTH: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({"store": True}, "store", INVALID),
     ({"invented": 1}, "invented", INVALID),
     ({"guided_json": {}}, "guided_json", INVALID),
-    ({"\ud800": 1}, "?", INVALID),
+    ({"\ud800": 1}, None, INVALID),
+    ({"logit_bias": {"\ud800": 1}}, "logit_bias", None),
     ({"stream": "perhaps"}, "stream", INVALID),
     ({"stream_options": {"include_everything": True}}, "stream_options.include_everything", INVALID),
     ({"model": None}, "model", INVALID),
@@ -68,7 +70,8 @@ ONLY_COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({"prompt": [10**6]}, "prompt", None),
     ({"prompt": [2**80]}, "prompt", None),
     ({"prompt": "half of a pair: \ud83d"}, "prompt", INVALID),
-    ({"prompt": ["a"] * 1025}, "prompt", None),
+    ({"prompt": ["a"] * 1025}, "n", None),
+    ({"prompt": ["a"] * 9, "n": 128}, "n", None),
     ({"prompt": [5] * 2048}, "prompt", LONG),
     ({"prompt": [5] * 2000, "max_tokens": 49}, "max_tokens", LONG),
     ({"logprobs": 21}, "logprobs", INVALID),
@@ -114,8 +117,6 @@ def body_for(path: str, change: dict[str, Any], model: str = "tiny") -> dict[str
 
 def post(server: Server, path: str, body: Any) -> Any:
     """Also sends what httpx would refuse to encode: NaN and halves of surrogate pairs."""
-    import json
-
     content = json.dumps(body).encode()
     return server.http.post(path, content=content, headers={"content-type": "application/json"})
 
@@ -130,7 +131,6 @@ def test_a_bad_request_names_its_field(
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code), error["message"]
     assert error["message"]
-    assert "str" not in error["message"].split(":")[0], "no name of a type in the place"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -182,7 +182,7 @@ def test_the_openai_client_raises_its_own_classes(tiny_server: Server) -> None:
         assert (bad.value.status_code, bad.value.code, bad.value.param) == (400, LONG, "max_tokens")
         assert bad.value.type == "invalid_request_error"
         with pytest.raises(openai.NotFoundError) as unknown:
-            client.chat.completions.create(model="nobody", messages=MESSAGES, stream=True)  # type: ignore[call-overload]
+            client.chat.completions.create(model="nobody", messages=MESSAGES, stream=True)
         assert (unknown.value.status_code, unknown.value.code) == (404, "model_not_found")
 
 

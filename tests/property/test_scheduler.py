@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from motet.adapters.version import AdapterVersion
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.scheduler import Scheduler, StepLimits
-from motet.server.engine.types import FinishReason, Generation, GenerationId, Plan, Sampling, TokenEvent
+from motet.server.engine.types import FinishReason, Generation, GenerationId, Plan, Sampling, SpanResult, TokenEvent
 from tests.support.fake_runner import VOCABULARY, FakeLease, FakeRunner, generate_alone, logprobs_at, version_of
 
 VERSIONS: tuple[AdapterVersion | None, ...] = (None, version_of("a"), version_of("a", "1"), version_of("b"))
@@ -117,6 +117,11 @@ class Traffic(RuleBasedStateMachine):
     def cancel_while_a_step_runs(self, pick: int) -> None:
         self._step(cancelled=list(self.open)[pick % len(self.open)])
 
+    @precondition(lambda self: self.open)
+    @rule(pick=st.integers(0, 99))
+    def a_span_fails(self, pick: int) -> None:
+        self._step(failing=pick)
+
     @invariant()
     def blocks_are_held_by_unfinished_generations_only(self) -> None:
         if not hasattr(self, "pool"):
@@ -155,11 +160,15 @@ class Traffic(RuleBasedStateMachine):
         self.arrived.append((version, prompt))
         self.scheduler.add(generation)
 
-    def _step(self, cancelled: GenerationId | None = None) -> None:
+    def _step(self, cancelled: GenerationId | None = None, failing: int | None = None) -> None:
         before = {id: expected.generation.computed for id, expected in self.open.items()}
         plan = self.scheduler.plan()
         self._check(plan, before)
-        results = self.runner.run(plan)
+        results = list(self.runner.run(plan))
+        if failing is not None:
+            index = failing % len(plan.spans)
+            results[index] = SpanResult(None, error="not finite")
+            self.open[plan.spans[index].generation].reason = FinishReason.ERROR
         if cancelled is not None:
             self._cancel(cancelled)
         events, ended = self.scheduler.commit(plan, results)
@@ -186,6 +195,10 @@ class Traffic(RuleBasedStateMachine):
     def _take(self, event: TokenEvent) -> None:
         expected = self.open[event.generation]
         assert expected.endings == 0, "an event after the end"
+        if expected.reason is FinishReason.ERROR:
+            assert (event.token, event.finish, event.error) == (None, FinishReason.ERROR, "not finite")
+            del self.open[event.generation]
+            return
         expected.events.append(event)
         drawn = [event.token for event in expected.events if event.token is not None]
         assert drawn == expected.drawn[: len(drawn)]

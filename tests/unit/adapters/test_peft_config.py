@@ -50,6 +50,9 @@ def test_what_peft_writes_by_default_is_accepted() -> None:
     assert parse(written).r == 8
 
 
+QUIET: list[tuple[str, Any]] = [(key, value) for key, row in NEUTRAL.items() for value in row[0]]
+
+
 @pytest.mark.parametrize("key", sorted(NEUTRAL))
 def test_unserved_feature_is_refused_by_name(key: str) -> None:
     for value in (True, 7, "yes", ["lm_head"], {"x": 1}):
@@ -57,7 +60,7 @@ def test_unserved_feature_is_refused_by_name(key: str) -> None:
             parsed(**{key: value})
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (quiet, _) in NEUTRAL.items() for value in quiet])
+@pytest.mark.parametrize(("key", "value"), QUIET)
 def test_unserved_feature_that_is_off_is_accepted(key: str, value: Any) -> None:
     assert parsed(**{key: value}) == parsed()
 
@@ -81,26 +84,34 @@ def test_other_peft_types_are_refused(kind: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- values
 
-BAD_VALUES: list[tuple[str, Any]] = [
-    *(("r", value) for value in (None, 0, -1, 2.0, "8", True, [8], float("nan"))),
-    *(("lora_alpha", value) for value in (None, "16", True, [16], float("nan"), float("inf"), 10**400)),
-    *((flag, value) for flag in ("use_rslora", "use_dora", "lora_bias") for value in (1, "true", [True], {"x": 1})),
-    *(("bias", value) for value in (None, True, "some", ["none"], "")),
-    *(("target_modules", value) for value in (None, 1, True, [1], ["q", None], {"q": 1}, "(", "a" * 2001)),
-    *(("exclude_modules", value) for value in (1, True, [1], {"q": 1}, "[")),
-    *(("layers_to_transform", value) for value in ("1", 1.0, [1.0], ["1"], {"1": 1}, [None])),
-    *(("layers_pattern", value) for value in (1, True, {"x": 1}, [1], ["("], "*", "(?i)layers")),
-    *((table, value) for table in ("rank_pattern", "alpha_pattern") for value in (1, "q", ["q"], [["q", 1]])),
-    *((table, {"q": value}) for table in ("rank_pattern", "alpha_pattern") for value in (None, "1", True, [1])),
-    *((table, {key: 2}) for table in ("rank_pattern", "alpha_pattern") for key in ("(", "(?i)q_proj", "a" * 2001)),
-    ("rank_pattern", {"q": 0}),
-    ("rank_pattern", {"q": 2.0}),
-    ("alpha_pattern", {"q": float("nan")}),
-    *(("init_lora_weights", value) for value in ("pizza", 1, 0, [True], {}, "pissa2")),
-]
+NO_FLAG: tuple[Any, ...] = (1, "true", [True], {"x": 1})
+NO_TABLE: tuple[Any, ...] = (
+    *(1, "q", ["q"], [["q", 1]]),
+    *({"q": None}, {"q": "1"}, {"q": True}, {"q": [1]}, {"q": float("nan")}),
+    *({"(": 2}, {"(?i)q_proj": 2}, {"a" * 2001: 2}),
+)
+BAD_VALUES: dict[str, tuple[Any, ...]] = {
+    "r": (None, 0, -1, 2.0, "8", True, [8], float("nan")),
+    "lora_alpha": (None, "16", True, [16], float("nan"), float("inf"), 10**400),
+    "use_rslora": NO_FLAG,
+    "use_dora": NO_FLAG,
+    "lora_bias": NO_FLAG,
+    "bias": (None, True, "some", ["none"], ""),
+    "target_modules": (None, 1, True, [1], ["q", None], {"q": 1}, "(", "a" * 2001),
+    "exclude_modules": (1, True, [1], {"q": 1}, "["),
+    "layers_to_transform": ("1", 1.0, [1.0], ["1"], {"1": 1}, [None]),
+    "layers_pattern": (1, True, {"x": 1}, [1], ["("], "*", "(?i)layers"),
+    "rank_pattern": (*NO_TABLE, {"q": 0}, {"q": 2.0}),
+    "alpha_pattern": NO_TABLE,
+    "init_lora_weights": ("pizza", 1, 0, [True], {}, "pissa2"),
+}
 
 
-@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key, values in BAD_VALUES.items() for value in values],
+    ids=lambda value: str(value)[:24],
+)
 def test_bad_value_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
         parsed(**{key: value})

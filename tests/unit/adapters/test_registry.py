@@ -158,7 +158,8 @@ def test_failed_load_leaves_nothing_behind(
     arena = registry.residency.arena.units_NU
     arena[registry.residency.arena.allocator.used :] = 7.0
     before, epoch = arena.clone(), registry.residency.epoch
-    folder, error = tmp_path / "absent", SourceNotFoundError
+    folder = tmp_path / "absent"
+    error: type[AdapterError] = SourceNotFoundError
     if fault == "refused":
         folder = edit(
             llama.save(tmp_path / "refused", target_modules=["q_proj"]), config={"target_modules": ["q_proj", "k_proj"]}

@@ -1,0 +1,351 @@
+"""The step loop with a runner of our own: whatever happens, each generation ends once and so does its lease."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from motet.server.engine.blocks import BlockPool
+from motet.server.engine.engine import Engine
+from motet.server.engine.scheduler import Scheduler, StepLimits
+from motet.server.engine.types import (
+    FinishReason,
+    GenerationId,
+    Lease,
+    Plan,
+    Sampling,
+    SpanResult,
+    TokenEvent,
+)
+from tests.support.fake_runner import FakeLease, FakeRunner, generate_alone, version_of
+
+BLOCK = 4
+PATIENCE_S = 30.0
+SHORT = Sampling(max_tokens=4)
+
+
+class Steered(FakeRunner):
+    """Raises where told to, and can be held inside of a step."""
+
+    def __init__(self) -> None:
+        super().__init__(BLOCK)
+        self.fails: Callable[[Plan], bool] = lambda plan: False
+        self.errors: set[GenerationId] = set()
+        self.held = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def run(self, plan: Plan) -> Sequence[SpanResult]:
+        self.held.set()
+        assert self.go_on.wait(PATIENCE_S)
+        if self.fails(plan):
+            raise RuntimeError("the device is on fire")
+        return [
+            SpanResult(None, error="not finite") if span.generation in self.errors else result
+            for span, result in zip(plan.spans, super().run(plan), strict=True)
+        ]
+
+
+class Rig:
+    """An engine, and everything that came out of it."""
+
+    def __init__(self, blocks: int = 64, rows: int = 64, generations: int = 8) -> None:
+        self.pool = BlockPool(blocks, BLOCK)
+        self.runner = Steered()
+        scheduler = Scheduler(self.pool, StepLimits(rows, generations))
+        self.engine = Engine(scheduler, self.runner, self._publish, self._end_lease)
+        self.events: dict[GenerationId, list[TokenEvent]] = {}
+        self.published: list[list[TokenEvent]] = []
+        self.ended: Counter[Lease] = Counter()
+        self.leases: dict[GenerationId, Lease] = {}
+        self._ids = itertools.count()
+        self._news = threading.Condition()
+
+    def submit(self, prompt: Sequence[int], adapter: str | None = "fr", sampling: Sampling = SHORT) -> GenerationId:
+        id = GenerationId(next(self._ids))
+        self.events[id] = []
+        lease = FakeLease(version_of(adapter)) if adapter else None
+        if lease:
+            self.leases[id] = lease
+        self.engine.submit(id, prompt, sampling, lease)
+        return id
+
+    def wait(self, ids: Sequence[GenerationId]) -> None:
+        with self._news:
+            assert self._news.wait_for(lambda: all(self.ends(id) for id in ids), PATIENCE_S)
+
+    def ends(self, id: GenerationId) -> list[FinishReason]:
+        return [event.finish for event in self.events[id] if event.finish is not None]
+
+    def tokens(self, id: GenerationId) -> list[int]:
+        return [event.token for event in self.events[id] if event.token is not None]
+
+    def assert_everything_ended_once(self) -> None:
+        assert all(len(self.ends(id)) == 1 for id in self.events)
+        assert all(events[-1].finish is not None for events in self.events.values())
+        assert self.ended == Counter(self.leases.values())
+        assert self.pool.spare == self.pool.size
+
+    def _publish(self, events: Sequence[TokenEvent]) -> None:
+        with self._news:
+            self.published.append(list(events))
+            for event in events:
+                self.events[event.generation].append(event)
+            self._news.notify_all()
+
+    def _end_lease(self, lease: Lease) -> None:
+        self.ended[lease] += 1
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+@pytest.fixture
+def running() -> Iterator[Rig]:
+    rig = Rig(blocks=16, generations=3)
+    rig.engine.start()
+    yield rig
+    rig.runner.go_on.set()
+    rig.engine.stop(PATIENCE_S)
+    assert not rig.engine.alive
+
+
+def run_until_idle(rig: Rig, steps: int = 200) -> None:
+    for _ in range(steps):
+        rig.engine.step()
+        if not (rig.engine.state.running or rig.engine.state.waiting):
+            return
+    raise AssertionError("still busy")
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+def test_submissions_from_many_threads_all_get_their_answer(running: Rig) -> None:
+    jobs: dict[GenerationId, tuple[list[int], str | None]] = {}
+
+    def client(number: int) -> None:
+        for i in range(6):
+            prompt, adapter = [number % 3, i % 2, 1, 2, 0, 1][: 3 + i % 4], [None, "fr", "de"][i % 3]
+            jobs[running.submit(prompt, adapter)] = prompt, adapter
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    running.wait(list(jobs))
+    for id, (prompt, adapter) in jobs.items():
+        version = version_of(adapter) if adapter else None
+        assert (running.tokens(id), running.ends(id)[0]) == generate_alone(version, prompt, SHORT)
+    running.engine.stop(PATIENCE_S)
+    running.assert_everything_ended_once()
+
+
+def test_cancelling_from_many_threads_ends_each_generation_once(running: Rig) -> None:
+    long = Sampling(max_tokens=30)
+    ids: list[GenerationId] = []
+
+    def client(number: int) -> None:
+        for i in range(6):
+            id = running.submit([number, i], "fr", long)
+            ids.append(id)
+            running.engine.cancel(id)
+            running.engine.cancel(id)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    running.wait(ids)
+    running.engine.stop(PATIENCE_S)
+    running.assert_everything_ended_once()
+    assert {running.ends(id)[0] for id in ids} <= {FinishReason.CANCELLED, FinishReason.LENGTH}
+
+
+def test_cancel_while_the_step_runs(running: Rig) -> None:
+    running.runner.go_on.clear()
+    id = running.submit([1, 2], "fr", Sampling(max_tokens=20))
+    assert running.runner.held.wait(PATIENCE_S)
+    running.engine.cancel(id)
+    running.runner.go_on.set()
+    running.wait([id])
+    assert running.ends(id) == [FinishReason.CANCELLED]
+    assert len(running.tokens(id)) <= 1
+    running.engine.stop(PATIENCE_S)
+    running.assert_everything_ended_once()
+
+
+def test_idle_engine_wakes_for_a_submission(running: Rig) -> None:
+    for _ in range(2):
+        id = running.submit([1])
+        running.wait([id])
+    assert running.engine.alive
+
+
+def test_stop_cancels_what_runs_what_waits_and_what_was_just_submitted() -> None:
+    rig = Rig(generations=1)
+    rig.runner.go_on.clear()
+    rig.engine.start()
+    runs = rig.submit([1], "fr", Sampling(max_tokens=20))
+    assert rig.runner.held.wait(PATIENCE_S)
+    late = [rig.submit([2], "de"), rig.submit([3], None)]
+    stopping = threading.Thread(target=rig.engine.stop, args=(PATIENCE_S,))
+    stopping.start()
+    while not rig.engine._stopping:
+        time.sleep(0.001)
+    rig.runner.go_on.set()
+    stopping.join(PATIENCE_S)
+    assert not rig.engine.alive
+    assert [rig.ends(id) for id in (runs, *late)] == [[FinishReason.CANCELLED]] * 3
+    rig.assert_everything_ended_once()
+
+
+def test_stop_of_an_idle_engine() -> None:
+    rig = Rig()
+    rig.engine.start()
+    rig.engine.stop(PATIENCE_S)
+    assert not rig.engine.alive
+    rig.assert_everything_ended_once()
+
+
+# -------------------------------------------------------------------------------------------------------- step by step
+
+
+def test_one_publication_per_step(rig: Rig) -> None:
+    ids = [rig.submit([i], "fr", Sampling(max_tokens=2)) for i in range(3)]
+    rig.engine.step()
+    rig.engine.step()
+    assert [[event.generation for event in events] for events in rig.published] == [ids, ids]
+    rig.assert_everything_ended_once()
+
+
+def test_lease_has_ended_when_the_end_is_published(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has its answer may unload the adapter at once."""
+    seen = []
+    id = rig.submit([1], "fr", Sampling(max_tokens=1))
+    monkeypatch.setattr(rig.engine, "_publish", lambda events: seen.append(rig.ended[rig.leases[id]]))
+    rig.engine.step()
+    assert seen == [1]
+
+
+def test_cancel_of_what_waits_runs_or_has_ended(rig: Rig) -> None:
+    runs, ended = rig.submit([1], "fr", Sampling(max_tokens=9)), rig.submit([2], "fr", Sampling(max_tokens=1))
+    rig.engine.step()
+    waits = rig.submit([3])
+    for id in (runs, ended, waits, GenerationId(99)):
+        rig.engine.cancel(id)
+    run_until_idle(rig)
+    assert [rig.ends(id) for id in (runs, ended, waits)] == [
+        [FinishReason.CANCELLED],
+        [FinishReason.LENGTH],
+        [FinishReason.CANCELLED],
+    ]
+    assert rig.tokens(waits) == []
+    rig.assert_everything_ended_once()
+
+
+def test_failed_step_ends_its_generations_and_no_others() -> None:
+    rig = Rig(generations=2)
+    rig.runner.fails = lambda plan: True
+    failing, waiting = [rig.submit([1]), rig.submit([2], None)], rig.submit([0, 1, 2], "de")
+    rig.engine.step()
+    for id in failing:
+        assert [(event.token, event.finish) for event in rig.events[id]] == [(None, FinishReason.ERROR)]
+        assert rig.events[id][0].error
+        assert "fire" not in str(rig.events[id][0].error), "the cause goes to the log, not to clients"
+    assert rig.events[waiting] == []
+    rig.runner.fails = lambda plan: False
+    run_until_idle(rig)
+    assert rig.tokens(waiting) == generate_alone(version_of("de"), [0, 1, 2], SHORT)[0]
+    rig.assert_everything_ended_once()
+
+
+def test_failed_span_ends_its_generation_and_no_other(rig: Rig) -> None:
+    good, bad = rig.submit([0, 1]), rig.submit([0, 2])
+    rig.runner.errors = {bad}
+    run_until_idle(rig)
+    assert [(event.token, event.finish, event.error) for event in rig.events[bad]] == [
+        (None, FinishReason.ERROR, "not finite")
+    ]
+    assert rig.tokens(good) == generate_alone(version_of("fr"), [0, 1], SHORT)[0]
+    assert rig.engine.state.failures == 0
+    rig.assert_everything_ended_once()
+
+
+def test_failed_step_leaves_nothing_wrong_in_the_prefix_cache() -> None:
+    rig, prompt = Rig(rows=6), [0, 1, 2, 0, 1, 2, 2, 1, 0, 1]
+    rig.runner.fails = lambda plan: plan.spans[0].start > 0
+    rig.submit(prompt)
+    rig.engine.step()
+    rig.engine.step()
+    rig.runner.fails = lambda plan: False
+    again = rig.submit(prompt)
+    run_until_idle(rig)
+    assert rig.tokens(again) == generate_alone(version_of("fr"), prompt, SHORT)[0]
+    assert rig.events[again][0].cached_tokens == BLOCK
+    rig.assert_everything_ended_once()
+
+
+def test_thread_goes_on_after_a_failed_step(running: Rig) -> None:
+    running.runner.fails = lambda plan: True
+    first = running.submit([1])
+    running.wait([first])
+    running.runner.fails = lambda plan: False
+    second = running.submit([1])
+    running.wait([second])
+    assert (running.ends(first), running.ends(second)) == ([FinishReason.ERROR], [FinishReason.LENGTH])
+
+
+def test_failures_count_steps_in_a_row(rig: Rig) -> None:
+    rig.runner.fails = lambda plan: True
+    for failures in (1, 2, 3):
+        rig.submit([1])
+        rig.engine.step()
+        assert rig.engine.state.failures == failures
+        rig.engine.cancel(GenerationId(0))
+        rig.engine.step()
+        assert rig.engine.state.failures == failures, "a turn without rows proves nothing about the runner"
+    rig.runner.fails = lambda plan: False
+    rig.submit([1])
+    rig.engine.step()
+    assert rig.engine.state.failures == 0
+
+
+def test_state_is_a_picture_of_the_latest_step() -> None:
+    rig = Rig(blocks=10, generations=2)
+    assert rig.engine.state.blocks == 10
+    rig.submit([1, 2, 0, 1, 2], "fr", Sampling(max_tokens=3))
+    rig.submit([1], None, Sampling(max_tokens=3))
+    rig.submit([1], "de", Sampling(max_tokens=3))
+    rig.submit([2], "fr", Sampling(max_tokens=3))
+    rig.engine.step()
+    state = rig.engine.state
+    assert (state.running, state.waiting, state.blocks_held) == (2, 2, 3)
+    assert (sorted(state.running_adapters), sorted(state.waiting_adapters)) == (["fr"], ["de", "fr"])
+    assert (state.steps, state.rows, state.preemptions, state.failures) == (1, 6, 0, 0)
+    assert state.step_s > 0
+    run_until_idle(rig)
+    state = rig.engine.state
+    assert (state.running, state.waiting, state.blocks_held) == (0, 0, 0)
+    assert (state.running_adapters, state.waiting_adapters) == (frozenset(), frozenset())
+    assert (state.steps, state.rows) == (6, 6 + 2 * 2 + 2 + 2 * 2)
+    rig.assert_everything_ended_once()
+
+
+def test_empty_turn_counts_no_step(rig: Rig) -> None:
+    rig.engine.step()
+    assert (rig.engine.state.steps, rig.engine.state.rows, rig.published) == (0, 0, [])
+
+
+def test_empty_prompt_is_a_bug_of_the_caller(rig: Rig) -> None:
+    with pytest.raises(AssertionError, match="at least one token"):
+        rig.submit([])
