@@ -5,6 +5,7 @@ Must not know: memory, devices, methods.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def receipt(lowered: Lowered, digest: Digest, base: BaseModel, resident_bytes: i
 
 
 def relative_norm(effects: TargetEffects, target: str, base: BaseModel) -> float:
-    """‖ΔW‖/‖W‖ of the effects on a target; biases do not count.
+    """‖ΔW‖/‖W‖ of the effects on a target; biases do not count; infinite where W is zero.
 
     A scale needs the dense weight; a low-rank change alone does not: ‖BA‖² = Σ (BᵀB) ⊙ (AAᵀ).
     """
@@ -69,4 +70,5 @@ def relative_norm(effects: TargetEffects, target: str, base: BaseModel) -> float
         norm = float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum().clamp(min=0).sqrt())
     else:
         norm = 0.0
-    return norm / base.weight_norm(target)
+    weight_norm = base.weight_norm(target)
+    return norm / weight_norm if weight_norm else math.inf

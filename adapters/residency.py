@@ -132,7 +132,8 @@ class Residency:
         used = self.arena.allocator.used * self.arena.unit_bytes
         return ArenaFullError(
             f"the adapter needs {self.bytes_needed(lowered):,} bytes; {used:,} of the {self.budget_bytes:,} bytes of "
-            "adapter memory are taken; unload an adapter or raise --adapter-memory"
+            "adapter memory are taken, and no gap is left for one of its operands; unload an adapter or raise "
+            "--adapter-memory"
         )
 
 

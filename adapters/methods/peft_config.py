@@ -175,6 +175,10 @@ def parse(config: Mapping[str, Any]) -> PeftLoraConfig:
     )
     if not parsed.target_modules:
         raise ConfigError("target_modules is empty: the adapter would change nothing; save it again with PEFT")
+    if isinstance(parsed.target_modules, str) and parsed.layers_to_transform is not None:
+        raise ConfigError(
+            "layers_to_transform has no meaning beside a pattern in target_modules; name the layers in one"
+        )
     if parsed.use_dora and parsed.lora_bias:
         raise ConfigError("use_dora and lora_bias exclude each other in PEFT; set one of them to false")
     return parsed

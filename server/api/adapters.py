@@ -9,7 +9,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
 from motet.adapters.errors import AdapterError
@@ -25,8 +25,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/load_lora_adapter")
-    async def load_lora_adapter(body: LoadAdapterBody, request: Request) -> PlainTextResponse:
-        service.require_admin_key(request.headers.get("authorization"))
+    async def load_lora_adapter(body: LoadAdapterBody) -> PlainTextResponse:
         try:
             folder = confine(Path(body.lora_path), service.adapter_roots)
             info = await asyncio.to_thread(service.registry.load, body.lora_name, folder, replace=body.load_inplace)
@@ -39,8 +38,7 @@ def router(service: Service) -> APIRouter:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter")
-    async def unload_lora_adapter(body: UnloadAdapterBody, request: Request) -> PlainTextResponse:
-        service.require_admin_key(request.headers.get("authorization"))
+    async def unload_lora_adapter(body: UnloadAdapterBody) -> PlainTextResponse:
         info = service.registry.unload(body.lora_name)
         logger.info("adapter %s is unloaded", info.version.short)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

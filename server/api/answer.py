@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from motet.adapters.errors import AdapterError
 from motet.server.api.errors import ApiError, error_body, from_adapter_error
 from motet.server.api.job import Job, Piece
+
+logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
 """Status for the log when the client went away before the answer; nobody receives it."""
@@ -71,6 +74,10 @@ def answer_streaming(
             except (ApiError, AdapterError) as error:
                 known = error if isinstance(error, ApiError) else from_adapter_error(error)
                 yield _event(error_body(known.status, known.message, known.code, known.param))
+                return
+            except Exception:
+                logger.exception("a stream failed")
+                yield _event(error_body(500, "internal error; the server's log has the traceback"))
                 return
         yield "data: [DONE]\n\n"
 

@@ -1,11 +1,11 @@
-"""The ASGI application: one router file per family of endpoints.
+"""The ASGI application: one router file per family of endpoints, and the key each family needs.
 
 Must not know: how the service was put together.
 """
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
 
 from motet.server.api import adapters, chat, completions, errors, models, probes
 from motet.server.api.service import Service
@@ -15,6 +15,15 @@ def create_app(service: Service) -> FastAPI:
     """An application that answers with the service."""
     app = FastAPI(title="Motet", docs_url=None, redoc_url=None)
     errors.install(app)
-    for family in (completions, chat, models, adapters, probes):
-        app.include_router(family.router(service))
+
+    async def inference(request: Request) -> None:
+        service.require_inference_key(request.headers.get("authorization"))
+
+    async def administration(request: Request) -> None:
+        service.require_admin_key(request.headers.get("authorization"))
+
+    for family in (completions, chat, models):
+        app.include_router(family.router(service), dependencies=[Depends(inference)])
+    app.include_router(adapters.router(service), dependencies=[Depends(administration)])
+    app.include_router(probes.router(service))
     return app

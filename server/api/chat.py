@@ -35,7 +35,6 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        service.require_inference_key(request.headers.get("authorization"))
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

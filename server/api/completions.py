@@ -32,7 +32,6 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        service.require_inference_key(request.headers.get("authorization"))
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is honoured only where it equals n: answers are not ranked", "best_of")
         prompts = _prompts(service, body)

@@ -109,6 +109,7 @@ class Job:
             for index in range(len(prompts) * copies)
         ]
         self._include_stop = body.include_stop_str_in_output
+        self._min_tokens = body.min_tokens
         self._by_generation = dict(zip(self._stream.generations, self.choices, strict=True))
         self._submit(samplings, copies)
 
@@ -168,7 +169,7 @@ class Job:
             choice.logprobs.append(event.logprobs)
         text, stopped = "", False
         if event.finish is not FinishReason.STOP or self._include_stop:
-            piece = choice.detokenizer.add(token)
+            piece = choice.detokenizer.add(token, may_stop=len(choice.tokens) >= self._min_tokens)
             text, stopped = piece.text, piece.stopped
         if stopped:
             choice.finish = FinishReason.STOP

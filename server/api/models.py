@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from motet.adapters.registry import AdapterInfo
 from motet.server.api.service import Service
@@ -18,14 +18,12 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        service.require_inference_key(request.headers.get("authorization"))
+    async def models() -> dict[str, Any]:
         adapters = [_adapter(service, info) for info in service.registry.published()]
         return {"object": "list", "data": [_base(service), *adapters]}
 
     @routes.get("/v1/models/{name:path}")
-    async def model(name: str, request: Request) -> dict[str, Any]:
-        service.require_inference_key(request.headers.get("authorization"))
+    async def model(name: str) -> dict[str, Any]:
         return _base(service) if name == service.base.name else _adapter(service, service.registry.get(name))
 
     return routes

@@ -70,13 +70,15 @@ class Detokenizer:
         self._include_stop = include_stop
         self._held = ""
 
-    def add(self, token: int) -> TextPiece:
-        """Text that is final after this token."""
+    def add(self, token: int, *, may_stop: bool = True) -> TextPiece:
+        """Text that is final after this token; stop strings count only once the generation may stop."""
         text = self._decoder.step(self._backend, token) or ""
         if text and self._repeated:
             text = text[_same(text, self._repeated) :]
             self._repeated = ""
         self._held += text
+        if not may_stop:
+            return TextPiece(self.flush(), stopped=False)
         for at, stop in sorted((self._held.find(stop), stop) for stop in self._stops):
             if at >= 0:
                 return TextPiece(self._held[: at + len(stop) * self._include_stop], stopped=True)

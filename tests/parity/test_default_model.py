@@ -20,9 +20,9 @@ from tests.support.tolerances import TOLERANCES
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 FOLDERS = sorted(config.parent for config in EXAMPLES.glob("*/adapter_config.json"))
 QUESTIONS = (
-    "What was the score for the essendon home team ?",
-    "Can undergrads take 550 ?",
-    "do iran and afghanistan speak the same language?",
+    "What is the highest number of points when the home team is Essendon?",
+    "Is EECS 484 offered in the Winter of 2017?",
+    "Is confectioners' sugar the same as powdered sugar?",
 )
 
 

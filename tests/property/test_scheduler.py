@@ -92,6 +92,14 @@ class Traffic(RuleBasedStateMachine):
         self._arrive(versions[1], (COMMON_PREFIX * 6)[:length], Sampling(max_tokens=2, prompt_logprobs=reports))
         self.run_steps(steps)
 
+    @precondition(lambda self: not self.open)
+    @rule(versions=st.permutations(VERSIONS))
+    def versions_arrive_in_turn(self, versions: list[AdapterVersion | None]) -> None:
+        """One step holds spans of a version that did not arrive as neighbours."""
+        for version in (versions[0], versions[1], versions[0], versions[1]):
+            self._arrive(version, [0], Sampling(max_tokens=4))
+        self.run_steps(3)
+
     @rule(version=st.sampled_from(VERSIONS), prompt=prompts, steps=st.integers(1, 4))
     def an_unfinished_prompt_comes_again(self, version: AdapterVersion | None, prompt: list[int], steps: int) -> None:
         """Of the first only some blocks were computed, the last of them in part."""

@@ -263,3 +263,10 @@ def test_naming_a_module_that_is_no_target_is_refused(rule: Any) -> None:
     base = base_of_names(NAMES, other_modules=["lm_head"])
     with pytest.raises(UnsupportedError, match="'lm_head', which is not among the linear layers"):
         parsed(target_modules=rule).expected_targets(base)
+
+
+def test_layers_to_transform_beside_a_pattern_is_refused_as_peft_refuses_it() -> None:
+    with pytest.raises(ConfigError, match="layers_to_transform"):
+        parsed(target_modules=r".*q_proj", layers_to_transform=[0])
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        LoraConfig(target_modules=r".*q_proj", layers_to_transform=[0])

@@ -181,3 +181,16 @@ class TestTokens:
         for byte in range(256):
             assert token_bytes(fast, 2 + byte) == [byte]
         assert token_bytes(fast, 1) == list("é".encode())
+
+
+def test_stop_strings_do_not_count_before_the_generation_may_stop() -> None:
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("a STOP b STOP c", add_special_tokens=False)["input_ids"]
+    detokenizer = Detokenizer(tokenizer, [], ["STOP"], skip_special_tokens=True, include_stop=False)
+    text = ""
+    for count, token in enumerate(tokens, 1):
+        piece = detokenizer.add(token, may_stop=count >= 8)
+        text += piece.text
+        if piece.stopped:
+            break
+    assert text == "a STOP b "

@@ -105,6 +105,20 @@ def test_the_latest_is_preempted_when_blocks_run_out() -> None:
     assert second.drawn == 6
 
 
+def test_a_preempted_generation_comes_back_from_the_prefix_cache() -> None:
+    """And that is no cached prompt: the caller is told of the first admission."""
+    s = scheduler(blocks=4)
+    s.add(generation(0, [1, 1, 1, 1], max_tokens=6))
+    s.add(generation(1, [2, 2, 2, 2], max_tokens=12))
+    for _ in range(6):
+        step(s)
+    assert (s.preemptions, s.running, s.waiting) == (1, 0, 1)
+    plan = s.plan()
+    assert spans(plan) == [(1, 4, 5)]
+    events, _ = commit(s, plan)
+    assert [event.cached_tokens for event in events] == [0]
+
+
 def test_admission_leaves_a_block_for_every_running_generation() -> None:
     """Otherwise it would be preempted in the next step."""
     s = scheduler(blocks=3)
