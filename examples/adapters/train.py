@@ -288,7 +288,7 @@ def run(name: str, task: Task, base_folder: Path, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], help="all by default")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", choices=[[], *TASKS], help="all, or: " + ", ".join(TASKS))
     parser.add_argument("--model", type=Path, required=True, help=f"folder of {BASE}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -8,9 +8,6 @@ from hypothesis import strategies as st
 
 from tests.support.low_rank import Gate, Run, make_case
 from tests.support.tolerances import TOLERANCES
-from tests.support.triton_interpreter import interpret_triton
-
-interpret_triton()
 
 N_ADAPTERS = 4
 UNIT = 32

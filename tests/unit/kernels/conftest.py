@@ -1,13 +1,9 @@
-"""Chooses Triton's interpreter before any test of the kernels imports triton."""
+"""What every test of the kernels runs under."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
-from tests.support.triton_interpreter import interpret_triton
-
-interpret_triton()
 
 
 @pytest.fixture(autouse=True)
