@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 import time
@@ -29,8 +30,7 @@ from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.stream import Streams
-from motet.server.engine.types import BlockId, GenerationId, Plan, Sampling, Span
-from motet.server.engine.types import Lease as EngineLease
+from motet.server.engine.types import BlockId, GenerationId, Lease as EngineLease, Plan, Sampling, Span
 from motet.server.metrics import Metrics
 from motet.server.model.attention import KvCache
 from motet.server.model.batch import EffectsBuilder
@@ -54,7 +54,11 @@ LAST_WORDS_S = 3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembled:
-    """Everything but HTTP, ready to run."""
+    """Everything but HTTP, ready to run.
+
+    Attributes:
+        threads: processors that a step may compute on.
+    """
 
     loaded: LoadedModel
     registry: Registry
@@ -62,6 +66,7 @@ class Assembled:
     blocks: int
     limits: StepLimits
     keys: Keys
+    threads: int
 
 
 def choose_device(asked: str) -> torch.device:
@@ -96,7 +101,7 @@ def new_registry(loaded: LoadedModel, budget_bytes: int) -> Registry:
 
 
 def assemble(config: ServeConfig, report: Report) -> Assembled:
-    """Load the base and the adapters, allocate the cache and warm up.
+    """Load the base and the adapters and allocate the cache.
 
     Raises:
         OptionError, ModelError, AdapterError: something the options name cannot be served.
@@ -106,6 +111,8 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
     )
     adapters = [parse_adapter(text) for text in config.adapter]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # see own_the_processors
     loaded = load_base(config, report)
     kind = loaded.device.type
     registry = new_registry(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
@@ -117,13 +124,11 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         registry.load(name, folder)
     effects = EffectsBuilder(registry.residency, list(loaded.base.targets.values()), default_backend(loaded.device))
     runner = ModelRunner(loaded, effects)
-    report("warming up")
-    _warm_up(runner)
     limits = StepLimits(
         rows=config.max_batch_rows or DEFAULT_ROWS[kind],
         generations=config.max_generations or DEFAULT_GENERATIONS[kind],
     )
-    return Assembled(loaded, registry, runner, blocks, limits, keys)
+    return Assembled(loaded, registry, runner, blocks, limits, keys, threads)
 
 
 def _budget(text: str, option: str, device: torch.device) -> int:
@@ -134,6 +139,22 @@ def _budget(text: str, option: str, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARES[option])
     return CPU_MEMORY_BYTES
+
+
+def own_the_processors(engine: Engine) -> None:
+    """Start the step thread as the only one that computes on all processors; every later thread gets one.
+
+    OpenMP keeps a pool of threads per calling thread. With more of them than processors it stops spinning at barriers,
+    and each step of the default model took 35 ms instead of 24 because the main thread had once computed something.
+    """
+    engine.start()
+    torch.set_num_threads(1)
+
+
+def _prepare_steps(runner: ModelRunner, threads: int) -> None:
+    """In the step thread: take the processors, then warm up."""
+    torch.set_num_threads(threads)
+    _warm_up(runner)
 
 
 def _warm_up(runner: ModelRunner) -> None:
@@ -151,6 +172,7 @@ def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) ->
 
 async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
     service = _service(config, assembled)
+    own_the_processors(service.engine)
     settings = uvicorn.Config(
         create_app(service),
         config.host,
@@ -159,7 +181,6 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], No
         access_log=False,
         timeout_graceful_shutdown=LAST_WORDS_S,
     )
-    service.engine.start()
     try:
         await _DrainingServer(settings, service, config.drain_timeout, ready).serve()
     finally:
@@ -176,7 +197,8 @@ def _service(config: ServeConfig, assembled: Assembled) -> Service:
         assert isinstance(lease, Lease)
         registry.release(lease)
 
-    engine = Engine(scheduler, assembled.runner, streams.publish, end_lease)
+    prepare = functools.partial(_prepare_steps, assembled.runner, assembled.threads)
+    engine = Engine(scheduler, assembled.runner, streams.publish, end_lease, prepare)
     residency = registry.residency
     return Service(
         base=BaseInfo(

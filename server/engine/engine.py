@@ -28,6 +28,8 @@ from motet.server.engine.types import (
 
 logger = logging.getLogger(__name__)
 
+PREPARE_POLL_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
@@ -59,6 +61,7 @@ class Engine:
     Args:
         publish: receives the events of a step, in the step thread; must return quickly.
         end_lease: called once for the lease of every generation that ended, however it ended.
+        prepare: called in the step thread before its first step.
     """
 
     def __init__(
@@ -67,11 +70,14 @@ class Engine:
         runner: Runner,
         publish: Callable[[Sequence[TokenEvent]], None],
         end_lease: Callable[[Lease], None],
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._publish = publish
         self._end_lease = end_lease
+        self._prepare = prepare
+        self._prepared = threading.Event()
         self._inbox: deque[Generation | GenerationId] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -79,8 +85,10 @@ class Engine:
         self.state = EngineState(blocks=scheduler.blocks.size)
 
     def start(self) -> None:
-        """Begin stepping."""
+        """Begin stepping; returns once the step thread is prepared, or has ended because it could not be."""
         self._thread.start()
+        while not self._prepared.wait(PREPARE_POLL_S) and self._thread.is_alive():
+            pass
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Stop after the current step; unfinished generations are cancelled."""
@@ -109,6 +117,8 @@ class Engine:
             self._wake.notify()
 
     def _loop(self) -> None:
+        self._prepare()
+        self._prepared.set()
         while True:
             with self._wake:
                 while not (self._inbox or self._scheduler.running or self._scheduler.waiting or self._stopping):

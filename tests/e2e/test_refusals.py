@@ -143,13 +143,20 @@ def test_an_unknown_model_is_never_answered_by_the_base(tiny_server: Server, pat
         assert repr(name) in error["message"]
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("content", [b"", b"{", b'{"model": "tiny", ', b"\xff", b"[]", b"null", b"[" * 100_000])
 def test_malformed_json(tiny_server: Server, path: str, content: bytes) -> None:
     response = tiny_server.http.post(path, content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", None), error
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"nonsense": 1}'])
+def test_the_key_is_asked_for_before_the_body_is_judged(tiny_server: Server, path: str, content: bytes) -> None:
+    response = tiny_server.http.post(path, content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "admin_closed")
 
 
 def test_a_body_of_another_type(tiny_server: Server) -> None:

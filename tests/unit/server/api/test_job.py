@@ -26,8 +26,7 @@ from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.stream import Streams
-from motet.server.engine.types import Lease as EngineLease
-from motet.server.engine.types import Plan, SpanResult
+from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult
 from motet.server.metrics import Metrics
 from tests.support.bases import residency_of
 from tests.support.tokenizer import byte_tokenizer
