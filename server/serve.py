@@ -207,6 +207,8 @@ def _service(config: ServeConfig, assembled: Assembled) -> Service:
             max_length=min(loaded.max_length, assembled.blocks * config.block_size),
             vocabulary=loaded.vocabulary,
             end_tokens=loaded.end_tokens,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
             created_s=int(time.time()),
         ),
         tokenizer=loaded.tokenizer,

@@ -34,7 +34,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": importlib.metadata.version("motet"), "base": service.base.name}
+        """What answers here: for bug reports and benchmark results."""
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        base = service.base
+        own = {"version": importlib.metadata.version("motet"), "base": base.name}
+        return {**own, "dtype": base.dtype, "device": base.device, **versions}
 
     @routes.get("/metrics")
     async def metrics() -> Response:

@@ -44,6 +44,8 @@ class BaseInfo:
     max_length: int
     vocabulary: int
     end_tokens: frozenset[int]
+    dtype: str
+    device: str
     created_s: int
 
 

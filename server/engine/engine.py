@@ -28,8 +28,6 @@ from motet.server.engine.types import (
 
 logger = logging.getLogger(__name__)
 
-PREPARE_POLL_S = 0.1
-
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
@@ -78,6 +76,7 @@ class Engine:
         self._end_lease = end_lease
         self._prepare = prepare
         self._prepared = threading.Event()
+        self._failure: Exception | None = None
         self._inbox: deque[Generation | GenerationId] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -85,10 +84,11 @@ class Engine:
         self.state = EngineState(blocks=scheduler.blocks.size)
 
     def start(self) -> None:
-        """Begin stepping; returns once the step thread is prepared, or has ended because it could not be."""
+        """Begin stepping; returns once the step thread is prepared, and raises what kept it from that."""
         self._thread.start()
-        while not self._prepared.wait(PREPARE_POLL_S) and self._thread.is_alive():
-            pass
+        self._prepared.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Stop after the current step; unfinished generations are cancelled."""
@@ -117,8 +117,13 @@ class Engine:
             self._wake.notify()
 
     def _loop(self) -> None:
-        self._prepare()
-        self._prepared.set()
+        try:
+            self._prepare()
+        except Exception as error:
+            self._failure = error
+            return
+        finally:
+            self._prepared.set()
         while True:
             with self._wake:
                 while not (self._inbox or self._scheduler.running or self._scheduler.waiting or self._stopping):

@@ -77,7 +77,7 @@ class Running:
         streams = Streams(asyncio.get_running_loop())
         engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
         self.service = Service(
-            base=BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), 0),
+            base=BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0),
             tokenizer=TOKENIZER,
             registry=self.registry,
             engine=engine,
