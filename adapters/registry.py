@@ -115,9 +115,8 @@ class Registry:
             AdapterNotFoundError: the name is not published.
         """
         with self._lock:
-            entry = self._published.pop(name, None)
-        if entry is None:
-            raise self._not_found(name)
+            entry = self._entry(name)
+            del self._published[name]
         self._retire(entry)
         return self._info(entry)
 
@@ -128,9 +127,7 @@ class Registry:
             AdapterNotFoundError: the name is not published.
         """
         with self._lock:
-            entry = self._published.get(name)
-            if entry is None:
-                raise self._not_found(name)
+            entry = self._entry(name)
             entry.leases += 1
         return Lease(entry.version, entry.slot, entry)
 
@@ -163,10 +160,7 @@ class Registry:
             AdapterNotFoundError: the name is not published.
         """
         with self._lock:
-            entry = self._published.get(name)
-        if entry is None:
-            raise self._not_found(name)
-        return self._info(entry)
+            return self._info(self._entry(name))
 
     def _check_name(self, name: str, replace: bool) -> None:
         if not NAME_PATTERN.fullmatch(name):
@@ -188,8 +182,12 @@ class Registry:
         if free:
             self.residency.release(entry.slot)
 
-    def _not_found(self, name: str) -> AdapterNotFoundError:
-        return AdapterNotFoundError(f"adapter {name!r} is not loaded; GET /v1/models lists what is")
+    def _entry(self, name: str) -> _Entry:
+        """The published entry of a name; the caller holds the lock."""
+        entry = self._published.get(name)
+        if entry is None:
+            raise AdapterNotFoundError(f"adapter {name!r} is not loaded; GET /v1/models lists what is")
+        return entry
 
     @staticmethod
     def _info(entry: _Entry) -> AdapterInfo:
