@@ -179,6 +179,7 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], No
         config.port,
         log_level=config.log_level,
         access_log=False,
+        lifespan="off",
         timeout_graceful_shutdown=LAST_WORDS_S,
     )
     try:

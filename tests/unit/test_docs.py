@@ -8,7 +8,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "serving-cpu.jsonl"
+STARTS = ROOT / "docs" / "results" / "start-cpu.jsonl"
 CONCURRENCIES = (1, 8, 32)
+SECOND_START_S = 15
+"""What a second `make serve` may take until it is ready."""
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -29,6 +32,12 @@ def table(runs: list[dict[str, Any]]) -> str:
 def test_the_readme_quotes_the_committed_results() -> None:
     runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     assert table(runs) in (ROOT / "README.md").read_text()
+
+
+def test_a_second_start_is_fast_enough() -> None:
+    starts = [json.loads(line) for line in STARTS.read_text().splitlines()]
+    assert len(starts) >= 3
+    assert all(start["results"]["ready_s"] <= SECOND_START_S for start in starts)
 
 
 def test_results_say_where_they_come_from() -> None:
