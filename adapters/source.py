@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +148,8 @@ def _read_file(folder: Path, name: str, limit: int) -> bytes:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    if len(keys := dict(pairs)) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise CorruptSourceError(f"key {twice!r} stands twice in one JSON object; keep one of them")
     return keys
 

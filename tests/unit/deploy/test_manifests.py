@@ -4,111 +4,28 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import os
 import re
-import subprocess
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from tests.unit.deploy import kubectl
-
-Object = dict[str, Any]
-
-ROOT = Path(__file__).parents[3]
-MANIFESTS = ROOT / "deploy" / "kubernetes"
-
-# The oldest that has preStop.sleep on by default, and the newest whose schemas the test extra brings.
-KUBERNETES_VERSIONS = ["1.30", "1.37"]
-CONFIGMAP_LIMIT_BYTES = 1024 * 1024
-# Weights of the default model (bf16), the float32 copy while it is converted, torch itself.
-RUNTIME_BYTES = 2 * 1024**3
-# Created by whoever deploys, as deploy/README.md says: Secret -> keys.
-OUTSIDE_SECRETS = {"motet-admin": {"admin-key"}}
-
-
-@pytest.fixture(scope="module")
-def objects() -> list[Object]:
-    binary = kubectl.find()
-    if binary is None:
-        message = "no kubectl: run `python -m tests.unit.deploy.kubectl`"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    done = subprocess.run([binary, "kustomize", MANIFESTS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, f"kustomize warns: {done.stderr}"
-    return [item for item in yaml.safe_load_all(done.stdout) if item]
-
-
-@pytest.fixture
-def pod(objects: list[Object]) -> Object:
-    spec: Object = of_kind(objects, "Deployment")["spec"]["template"]["spec"]
-    return spec
-
-
-@pytest.fixture
-def container(pod: Object) -> Object:
-    (only,) = pod["containers"]
-    result: Object = only
-    return result
-
-
-@pytest.fixture
-def options(objects: list[Object], container: Object) -> Object:
-    """The TOML that the rendered pod reads, found by the way the pod finds it."""
-    path = literal_env(container)["MOTET_CONFIG"]
-    mount = mount_of(container, path)
-    volume = volumes_of(objects)[mount["name"]]
-    return tomllib.loads(configmaps(objects)[volume["configMap"]["name"]]["data"][Path(path).name])
-
-
-def of_kind(objects: list[Object], kind: str) -> Object:
-    (only,) = (item for item in objects if item["kind"] == kind)
-    return only
-
-
-def configmaps(objects: list[Object]) -> dict[str, Object]:
-    return {item["metadata"]["name"]: item for item in objects if item["kind"] == "ConfigMap"}
-
-
-def volumes_of(objects: list[Object]) -> dict[str, Object]:
-    spec = of_kind(objects, "Deployment")["spec"]["template"]["spec"]
-    return {volume["name"]: volume for volume in spec["volumes"]}
-
-
-def literal_env(container: Object) -> dict[str, str]:
-    return {item["name"]: item["value"] for item in container["env"] if "value" in item}
-
-
-def mount_of(container: Object, path: str) -> Object:
-    """The deepest mount that holds the path."""
-    holding = [m for m in container["volumeMounts"] if Path(path).is_relative_to(m["mountPath"])]
-    assert holding, f"{path} is on no mounted volume"
-    deepest: Object = max(holding, key=lambda mount: len(Path(mount["mountPath"]).parts))
-    return deepest
-
-
-def keys_in(objects: list[Object], volume: Object) -> set[str]:
-    """The file names at the top of a ConfigMap or Secret volume."""
-    if "configMap" in volume:
-        configmap = configmaps(objects)[volume["configMap"]["name"]]
-        return set(configmap.get("data", {})) | set(configmap.get("binaryData", {}))
-    return OUTSIDE_SECRETS[volume["secret"]["secretName"]]
-
-
-def size_bytes(text: str) -> int:
-    """5Gi, as Kubernetes writes it, and 1GiB, as motet does."""
-    found = re.fullmatch(r"(\d+)([KMGT])i(B?)", text)
-    assert found, f"unexpected size {text!r}"
-    return int(found[1]) << 10 * ("KMGT".index(found[2]) + 1)
-
-
-# Schemas
+from tests.unit.deploy.objects import (
+    CONFIGMAP_LIMIT_BYTES,
+    KUBERNETES_VERSIONS,
+    MANIFESTS,
+    OUTSIDE_SECRETS,
+    ROOT,
+    Object,
+    configmaps,
+    keys_in,
+    literal_env,
+    mount_of,
+    of_kind,
+    volumes_of,
+)
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
@@ -276,95 +193,3 @@ def test_apply_is_server_side(path: str) -> None:
     assert commands
     for command in commands:
         assert "--server-side" in command
-
-
-# Life and death of a pod
-
-
-def test_probes(container: Object) -> None:
-    assert container["startupProbe"]["httpGet"]["path"] == "/ready"
-    assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
-    assert container["livenessProbe"]["httpGet"]["path"] == "/health"
-
-
-def test_a_restart_is_slower_than_leaving_the_endpoints(container: Object) -> None:
-    def seconds(probe: str) -> int:
-        return int(container[probe]["periodSeconds"]) * int(container[probe]["failureThreshold"])
-
-    assert seconds("readinessProbe") < seconds("livenessProbe")
-
-
-def test_a_rollout_waits_as_long_as_a_start_may_take(container: Object, objects: list[Object]) -> None:
-    probe = container["startupProbe"]
-    assert of_kind(objects, "Deployment")["spec"]["progressDeadlineSeconds"] > (
-        probe["periodSeconds"] * probe["failureThreshold"]
-    )
-
-
-def test_the_grace_period_covers_pre_stop_and_drain(pod: Object, container: Object, options: Object) -> None:
-    pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert pre_stop_s >= 5, "routers need seconds to learn that an endpoint is gone"
-    assert pod["terminationGracePeriodSeconds"] > pre_stop_s + options["drain_timeout"]
-
-
-def test_a_rollout_never_removes_a_ready_pod_first(objects: list[Object]) -> None:
-    update = of_kind(objects, "Deployment")["spec"]["strategy"]["rollingUpdate"]
-    assert update["maxUnavailable"] == 0
-    assert update["maxSurge"] >= 1
-
-
-def test_disruptions_are_bounded_but_possible(objects: list[Object]) -> None:
-    replicas = of_kind(objects, "Deployment")["spec"]["replicas"]
-    budget = of_kind(objects, "PodDisruptionBudget")["spec"]
-    assert 1 <= budget["maxUnavailable"] < replicas
-    assert "minAvailable" not in budget
-
-
-def test_resources(container: Object, options: Object) -> None:
-    resources = container["resources"]
-    assert "cpu" in resources["requests"]
-    assert resources["requests"]["memory"] == resources["limits"]["memory"]
-    budgets = size_bytes(options["adapter_memory"]) + size_bytes(options["kv_memory"])
-    assert size_bytes(resources["limits"]["memory"]) >= budgets + RUNTIME_BYTES
-
-
-def test_threads_follow_the_cpu_request(container: Object) -> None:
-    (threads,) = (item for item in container["env"] if item["name"] == "OMP_NUM_THREADS")
-    assert threads["valueFrom"]["resourceFieldRef"]["resource"] == "requests.cpu"
-
-
-# Confinement
-
-
-def test_the_pod_meets_the_restricted_standard(pod: Object, container: Object) -> None:
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
-    assert not any("hostPath" in volume for volume in pod["volumes"])
-
-
-def test_the_user_is_the_one_of_the_image(pod: Object) -> None:
-    user = re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[-1]
-    context = pod["securityContext"]
-    assert (str(context["runAsUser"]), str(context["runAsGroup"])) == user
-    assert context["fsGroup"] == context["runAsGroup"]
-
-
-def test_only_cache_and_tmp_are_writable_and_both_are_bounded(container: Object, objects: list[Object]) -> None:
-    volumes = volumes_of(objects)
-    writable = {m["mountPath"]: volumes[m["name"]] for m in container["volumeMounts"] if not m.get("readOnly")}
-    assert set(writable) == {"/cache", "/tmp"}
-    for volume in writable.values():
-        assert size_bytes(volume["emptyDir"]["sizeLimit"]) > 0
-
-
-def test_keys_are_not_world_readable(objects: list[Object]) -> None:
-    for volume in volumes_of(objects).values():
-        if "secret" in volume:
-            assert volume["secret"]["defaultMode"] == 0o440
