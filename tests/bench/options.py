@@ -10,6 +10,8 @@ from tests.bench.client import Endpoint
 from tests.bench.load import Conduct
 from tests.bench.prompts import PromptKind, PromptShape
 
+UNRECORDED = frozenset({"out", "requests_out", "server_pid"})
+
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
@@ -74,7 +76,10 @@ def seed_of(options: argparse.Namespace) -> int:
 
 
 def recorded_arguments(options: argparse.Namespace, **decided: object) -> dict[str, object]:
-    """All arguments as JSON can hold them, with what was decided for those left open, without the key."""
-    arguments = {**vars(options), **decided}
+    """What the run depended on, as JSON can hold it: all arguments, with what was decided for those left open.
+
+    Without the key, and without where the results went and which process served, which mean nothing elsewhere.
+    """
+    arguments = {name: value for name, value in vars(options).items() if name not in UNRECORDED} | decided
     arguments["api_key"] = None if options.api_key is None else "given"
     return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
