@@ -14,8 +14,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from motet.adapters.errors import AdapterError
-from motet.server.api.errors import ApiError, error_body, from_adapter_error
+from motet.server.api.errors import INTERNAL, ApiError, error_body
 from motet.server.api.job import Job, Piece
 
 logger = logging.getLogger(__name__)
@@ -63,22 +62,21 @@ def answer_streaming(
     """
 
     async def events() -> AsyncIterator[str]:
-        async with job:
-            try:
+        try:
+            async with job:
                 for event in first():
                     yield _event(event)
                 async for piece in job:
                     yield _event(chunk(piece))
                 if usage is not None:
                     yield _event(usage())
-            except (ApiError, AdapterError) as error:
-                known = error if isinstance(error, ApiError) else from_adapter_error(error)
-                yield _event(error_body(known.status, known.message, known.code, known.param))
-                return
-            except Exception:
-                logger.exception("a stream failed")
-                yield _event(error_body(500, "internal error; the server's log has the traceback"))
-                return
+        except ApiError as error:
+            yield _event(error_body(error.status, error.message, error.code, error.param))
+            return
+        except Exception:
+            logger.exception("a stream failed")
+            yield _event(error_body(500, INTERNAL))
+            return
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers(job))

@@ -46,6 +46,8 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, code=code, param=param)
 
 
+INTERNAL = "internal error; the server's log has the traceback"
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -120,4 +122,4 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, error: Exception) -> JSONResponse:  # noqa: ARG001 - the traceback goes to the log
-        return JSONResponse(error_body(500, "internal error; the server's log has the traceback"), 500)
+        return JSONResponse(error_body(500, INTERNAL), 500)

@@ -132,7 +132,8 @@ class Job:
             self._service.engine.cancel(generation)
         self._service.streams.close(self._stream)
         finished = all(choice.finish for choice in self.choices)
-        outcome = "finished" if finished else "failed" if kind is ApiError else "cancelled"
+        failed = kind is not None and issubclass(kind, Exception)  # a cancelled task is none
+        outcome = "failed" if failed else "finished" if finished else "cancelled"
         self._service.metrics.requests.labels(outcome).inc()
         self._service.metrics.prompt_tokens.inc(self.prompt_tokens)
         self._service.metrics.cached_tokens.inc(self.cached_tokens)

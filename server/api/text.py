@@ -21,7 +21,6 @@ class Tokenizer(Protocol):
 
     backend_tokenizer: Any
     chat_template: Any
-    is_fast: bool
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
         """Encode; the result has `input_ids`."""

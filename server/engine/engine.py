@@ -36,7 +36,7 @@ class EngineState:
     Attributes:
         steps, rows: totals since the start.
         step_s: duration of the latest step.
-        running_adapters, waiting_adapters: names with at least one such generation.
+        waiting_adapters: names with at least one generation that waits.
         failures: steps in a row that raised.
     """
 
@@ -48,7 +48,6 @@ class EngineState:
     steps: int = 0
     rows: int = 0
     step_s: float = 0.0
-    running_adapters: frozenset[str] = frozenset()
     waiting_adapters: frozenset[str] = frozenset()
     failures: int = 0
 
@@ -183,7 +182,6 @@ class Engine:
 
     def _observe(self, plan: Plan, step_s: float, failed: bool = False) -> None:
         scheduler, before = self._scheduler, self.state
-        leases = scheduler.leases()
         failures = before.failures + 1 if failed else 0
         self.state = EngineState(
             running=scheduler.running,
@@ -194,7 +192,6 @@ class Engine:
             steps=before.steps + bool(plan.spans),
             rows=before.rows + plan.rows,
             step_s=step_s,
-            running_adapters=frozenset(lease.version.name for lease, runs in leases if runs),
-            waiting_adapters=frozenset(lease.version.name for lease, runs in leases if not runs),
+            waiting_adapters=scheduler.waiting_adapters,
             failures=failures if plan.spans else before.failures,
         )

@@ -17,7 +17,6 @@ from motet.server.engine.types import (
     FinishReason,
     Generation,
     GenerationId,
-    Lease,
     Plan,
     Span,
     SpanResult,
@@ -59,10 +58,10 @@ class Scheduler:
     def running(self) -> int:
         return len(self._running)
 
-    def leases(self) -> list[tuple[Lease, bool]]:
-        """The lease of every unfinished generation, and whether it runs."""
-        members = [(g, True) for g in self._running] + [(g, False) for g in self._waiting]
-        return [(generation.lease, runs) for generation, runs in members if generation.lease]
+    @property
+    def waiting_adapters(self) -> frozenset[str]:
+        """Names of the adapters that waiting generations want."""
+        return frozenset(generation.version.name for generation in self._waiting if generation.version)
 
     def add(self, generation: Generation) -> None:
         """Queue a new generation, which must fit into the cache when it runs alone."""

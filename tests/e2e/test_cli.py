@@ -103,6 +103,19 @@ def test_inspect_refuses_what_serving_would(
     assert err.splitlines()[-1].startswith("error  ")
 
 
+def test_a_start_reports_each_stage_and_a_summary(tiny_server: Server) -> None:
+    lines = [" ".join(line.split()) for line in tiny_server.log.read_text().splitlines()]
+    assert lines[:2] == ["· loading tiny", "· loading adapter tuned"]
+    summary = dict(line.split(" ", 1) for line in lines[2:] if " " in line)
+    assert summary["model"].startswith("tiny ")
+    assert (summary["dtype"], summary["device"], summary["adapters"]) == ("float32", "cpu", "tuned")
+    assert "of 16 positions" in next(line for line in lines if line.startswith("KV blocks"))
+    assert summary["address"] == tiny_server.url
+    command = next(line for line in lines if line.startswith("curl "))
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert json.loads(answer.stdout)["model"] == "tuned"
+
+
 def test_a_start_without_a_model() -> None:
     command = [MOTET, "serve", "--port", str(free_port()), "--model", "/does/not/exist"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)

@@ -151,7 +151,7 @@ class Traffic(RuleBasedStateMachine):
                 self._step()
         assert not self.open, "generations starve"
         assert self.pool.spare == self.pool.size
-        assert self.scheduler.leases() == []
+        assert self.scheduler.waiting_adapters == frozenset()
         assert not self.scheduler.plan().spans
 
     def _arrive(self, version: AdapterVersion | None, prompt: list[int], sampling: Sampling) -> None:

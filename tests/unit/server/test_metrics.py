@@ -17,7 +17,6 @@ STATE = EngineState(
     preemptions=4,
     steps=50,
     step_s=0.25,
-    running_adapters=frozenset({"b"}),
     waiting_adapters=frozenset({"z", "a"}),
 )
 ADAPTERS = ["a", 'odd "name"\\']

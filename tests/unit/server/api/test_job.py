@@ -5,148 +5,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from motet.adapters.base import BaseModel, Target
-from motet.adapters.registry import Lease, Registry
-from motet.server.api.app import create_app
 from motet.server.api.chat import RESERVED
-from motet.server.api.service import FAILURES_UNHEALTHY, BaseInfo, Keys, Service
-from motet.server.engine.blocks import BlockPool
-from motet.server.engine.engine import Engine
-from motet.server.engine.scheduler import Scheduler, StepLimits
-from motet.server.engine.stream import Streams
-from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult
-from motet.server.metrics import Metrics
-from tests.support.bases import residency_of
-from tests.support.tokenizer import byte_tokenizer
-
-TOKENIZER: Any = byte_tokenizer()
-DEADLINE_S = 20
-LIMITS = StepLimits(rows=64, generations=8)
-BODY: dict[str, Any] = {"model": "adapted", "prompt": "abc", "max_tokens": 4}
-
-
-class CountingRunner:
-    """Draws the token after the last one; fails or waits when told to."""
-
-    def __init__(self) -> None:
-        self.failing_steps = 0
-        self.steps_before_waiting: int | None = None
-        self.go_on = threading.Event()
-
-    def run(self, plan: Plan) -> Sequence[SpanResult]:
-        if self.failing_steps:
-            self.failing_steps -= 1
-            raise RuntimeError("/srv/secret failed")
-        if self.steps_before_waiting is not None:
-            if self.steps_before_waiting == 0:
-                assert self.go_on.wait(DEADLINE_S)
-            self.steps_before_waiting = max(0, self.steps_before_waiting - 1)
-        return [SpanResult((span.tokens[-1] + 1) % len(TOKENIZER) if span.draw else None) for span in plan.spans]
-
-
-class Running:
-    """A service in the running loop, with one adapter, "adapted", and a client of it."""
-
-    def __init__(self, adapter: Path, limits: StepLimits, max_waiting: int) -> None:
-        weight = torch.ones(4, 4)
-        base = BaseModel(
-            "base",
-            "0" * 64,
-            {"q_proj": Target(0, "q_proj", 4, 4, has_bias=False)},
-            frozenset(),
-            lambda _: weight,
-            lambda _: weight[0],
-            lambda _: 1.0,
-        )
-        self.registry = Registry(base, residency_of(base))
-        self.registry.load("adapted", adapter)
-        self.runner = CountingRunner()
-        self.scheduler = Scheduler(BlockPool(64, 4), limits)
-        streams = Streams(asyncio.get_running_loop())
-        engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
-        self.service = Service(
-            base=BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0),
-            tokenizer=TOKENIZER,
-            registry=self.registry,
-            engine=engine,
-            streams=streams,
-            metrics=Metrics(lambda: engine.state, lambda: (0, 0), list),
-            keys=Keys(),
-            adapter_roots=[],
-            max_waiting=max_waiting,
-            ready=True,
-        )
-        transport = httpx.ASGITransport(create_app(self.service), raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://x")
-
-    async def post(self, path: str = "/v1/completions", **change: Any) -> httpx.Response:
-        return await self.client.post(path, json={**BODY, **change})
-
-    async def eventually(self, look: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while not look():
-                await asyncio.sleep(0.002)
-
-    async def nothing_is_held(self) -> None:
-        """No lease, no stream, no block, no generation."""
-        await self.eventually(lambda: self.registry.get("adapted").leases == 0)
-        await self.eventually(lambda: self.scheduler.blocks.spare == self.scheduler.blocks.size)
-        assert len(self.service.streams) == self.scheduler.running == self.scheduler.waiting == 0
-
-    def outcomes(self) -> dict[str, float]:
-        samples = next(iter(self.service.metrics.requests.collect())).samples
-        return {s.labels["outcome"]: s.value for s in samples if s.name == "motet_requests_total"}
-
-    def generated_tokens(self) -> float:
-        return next(iter(self.service.metrics.generated_tokens.collect())).samples[0].value
-
-    def _end_lease(self, lease: EngineLease) -> None:
-        assert isinstance(lease, Lease)
-        self.registry.release(lease)
-
-
-@asynccontextmanager
-async def running(adapter: Path, limits: StepLimits = LIMITS, max_waiting: int = 99) -> AsyncIterator[Running]:
-    started = Running(adapter, limits, max_waiting)
-    started.service.engine.start()
-    try:
-        async with started.client:
-            yield started
-    finally:
-        started.runner.go_on.set()
-        started.service.engine.stop()
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    place = "base_model.model.q_proj"
-    tensors = {f"{place}.lora_A.weight": torch.ones(1, 4), f"{place}.lora_B.weight": torch.ones(4, 1)}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def during(adapter: Path, scenario: Callable[[Running], Awaitable[None]], **options: Any) -> None:
-    async def play() -> None:
-        async with asyncio.timeout(2 * DEADLINE_S), running(adapter, **options) as started:
-            await scenario(started)
-
-    asyncio.run(play())
+from motet.server.api.service import FAILURES_UNHEALTHY
+from motet.server.engine.scheduler import StepLimits
+from tests.unit.server.api.rig import TOKENIZER, Running, during
 
 
 def test_an_answer_gives_everything_back(adapter: Path) -> None:
@@ -206,6 +74,7 @@ def test_a_failure_in_a_stream_is_an_event_and_no_done(adapter: Path) -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "generation_failed"
         assert (end, "[DONE]" in response.text) == ("", False)
         await started.nothing_is_held()
+        assert started.outcomes() == {"failed": 1}
 
     during(adapter, scenario)
 
@@ -298,3 +167,32 @@ def test_what_the_template_is_called_with_cannot_be_set_by_a_request() -> None:
     """A new parameter of transformers' function needs a decision; these two change no length."""
     parameters = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
     assert parameters - RESERVED == {"self", "kwargs", "documents", "sanitize_control_tokens"}
+
+
+def test_a_bug_in_a_stream_is_an_event_and_no_done(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> dict[str, Any]:
+        raise LookupError("/srv/secret")
+
+    monkeypatch.setattr("motet.server.api.completions._Completion.chunk", broken)
+
+    async def scenario(started: Running) -> None:
+        response = await started.post(stream=True)
+        event, end = response.text.split("\n\n")
+        assert json.loads(event.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert (end, "secret" in response.text) == ("", False)
+        await started.nothing_is_held()
+        assert started.outcomes() == {"failed": 1}
+
+    during(adapter, scenario)
+
+
+def test_stop_strings_wait_for_min_tokens(adapter: Path) -> None:
+    async def scenario(started: Running) -> None:
+        whole = (await started.post(max_tokens=12)).json()["choices"][0]["text"]
+        early, late = whole[1], whole[6]
+        stopped = (await started.post(max_tokens=12, stop=[early, late])).json()["choices"][0]
+        assert (stopped["text"], stopped["finish_reason"]) == (whole[:1], "stop")
+        waited = (await started.post(max_tokens=12, stop=[early, late], min_tokens=4)).json()["choices"][0]
+        assert (waited["text"], waited["finish_reason"]) == (whole[:6], "stop")
+
+    during(adapter, scenario)

@@ -267,9 +267,9 @@ def test_drain_gives_everything_back() -> None:
     for id in range(2):
         s.add(generation(id, [1, 2, 3], adapter="fr"))
     step(s)
-    assert [(lease.version.name, runs) for lease, runs in s.leases()] == [("fr", True), ("fr", False)]
+    assert (s.running, s.waiting, s.waiting_adapters) == (1, 1, {"fr"})
     assert [dropped.id for dropped in s.drain()] == [0, 1]
-    assert (s.running, s.waiting, s.leases()) == (0, 0, [])
+    assert (s.running, s.waiting, s.waiting_adapters) == (0, 0, frozenset())
     assert s.blocks.spare == s.blocks.size
 
 
