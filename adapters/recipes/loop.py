@@ -1,0 +1,138 @@
+"""The training loop that all methods share: warm-up and cosine, clipping, AdamW, one state that can be kept.
+
+Must not know: methods, tasks, files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from motet.adapters.recipes.corpus import Corpus
+from motet.adapters.recipes.forward import answer_losses
+from motet.adapters.recipes.trainee import Trainee
+
+WARMUP_SHARE = 0.05
+"""Of the steps; at least one step."""
+LARGEST_NORM = 1.0
+"""The gradient of all trained tensors together is clipped to it."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps of each tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long, how fast, in which order.
+
+    Attributes:
+        learning_rate: at its highest.
+        seed: of the order of the rows.
+    """
+
+    steps: int
+    learning_rate: float
+    batch: int
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0: a line up, then half a cosine down."""
+        warmup = max(1, round(WARMUP_SHARE * self.steps))
+        return self.learning_rate * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that the next step depends on, beside the schedule.
+
+    Attributes:
+        losses: of each step that is done.
+        tensors: the trained tensors and the optimiser's moments, by name.
+    """
+
+    losses: tuple[float, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Loop:
+    """One training run. Iterating does the steps that are left, and yields the loss of each once it is done."""
+
+    def __init__(self, trainee: Trainee, corpus: Corpus, schedule: Schedule, autocast: bool = True) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            autocast: products in bfloat16; the trained tensors and the sums of the optimiser stay float32.
+        """
+        self._trainee, self._corpus, self._schedule, self._autocast = trainee, corpus, schedule, autocast
+        self._optimizer = torch.optim.AdamW(trainee.trainable.values(), lr=schedule.learning_rate, weight_decay=0.0)
+        self._losses: list[float] = []
+
+    @property
+    def done(self) -> int:
+        """Steps done."""
+        return len(self._losses)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Mean loss of an answer token, of each step done."""
+        return tuple(self._losses)
+
+    def __iter__(self) -> Iterator[float]:
+        schedule = self._schedule
+        batches = self._corpus.batches(schedule.steps, schedule.batch, schedule.seed)
+        for batch in islice(batches, self.done, None):
+            self._optimizer.param_groups[0]["lr"] = schedule.rate(self.done)
+            self._trainee.model.train()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+                loss = answer_losses(self._trainee.model, self._corpus.prefix, batch).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(self._trainee.trainable.values(), LARGEST_NORM)
+            self._trainee.correct_gradients()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._losses.append(loss.item())
+            yield self._losses[-1]
+
+    def state(self) -> State:
+        """A copy of what the next step depends on."""
+        tensors = {}
+        for name, parameter in self._trainee.trainable.items():
+            tensors[name] = parameter.detach().clone()
+            kept = self._optimizer.state[parameter]
+            tensors |= {f"{name}@{moment}": kept[moment].clone() for moment in MOMENTS if moment in kept}
+        return State(self.losses, tensors)
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of a run with the same schedule, corpus and start."""
+        with torch.no_grad():
+            for name, parameter in self._trainee.trainable.items():
+                parameter.copy_(state.tensors[name])
+                if state.losses:
+                    kept = {moment: state.tensors[f"{name}@{moment}"].clone() for moment in MOMENTS}
+                    self._optimizer.state[parameter] = kept
+        self._losses = list(state.losses)
+
+
+@torch.inference_mode()
+def held_out_losses(
+    trainee: Trainee, corpus: Corpus, size: int, autocast: bool = False
+) -> tuple[list[float], list[int]]:
+    """Summed loss and number of answer tokens of every row, without training.
+
+    Args:
+        size: rows of a batch; rows of like length go together.
+    """
+    trainee.model.eval()
+    order = sorted(range(len(corpus.rows)), key=lambda number: sum(map(len, corpus.rows[number])))
+    sums, counts = [0.0] * len(order), [len(told) for _, told in corpus.rows]
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = answer_losses(trainee.model, corpus.prefix, corpus.batch(numbers))
+        parts = torch.split(losses, [counts[number] for number in numbers])
+        for number, part in zip(numbers, parts, strict=True):
+            sums[number] = float(part.sum())
+    return sums, counts

@@ -1,0 +1,81 @@
+"""scores.json: an adapter beside its base on held-out questions, with all that it was trained by.
+
+Must not know: methods, the loop.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from motet.adapters.recipes.readers import Example
+from motet.adapters.recipes.run import Order
+from motet.adapters.recipes.scoring import Track, answers, score
+from motet.adapters.recipes.tasks import Task, examples
+
+FILE = "scores.json"
+ROWS_SEED = 0
+"""All adapters of a task answer the same questions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Questions to answer.
+
+    Attributes:
+        n_all: rows that the split has.
+    """
+
+    task: Task
+    rows: Sequence[Example]
+    n_all: int
+
+    @classmethod
+    def of(cls, task: Task, data: Path, n_rows: int) -> Exam:
+        """A sample of the task's test split.
+
+        Raises:
+            DataError: the data is absent.
+        """
+        tests = examples(task, data, "test")
+        return cls(task, random.Random(ROWS_SEED).sample(tests, min(n_rows, len(tests))), len(tests))
+
+    def taken_by(self, model: Any, tokenizer: Any, track: Track[int], told: bool) -> Result:
+        """A model's scores.
+
+        Args:
+            told: whether it is told the form of the answer, as a base model must be.
+        """
+        scores = score(model, tokenizer, self.task, self.rows, self.task.hint if told else "", track)
+        return Result(scores, answers(model, tokenizer, self.task, [self.task.demo])[0][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Scores, and the answer to the task's demo question, asked bare."""
+
+    scores: dict[str, float]
+    demo: str
+
+
+def write(folder: Path, order: Order, exam: Exam, base: Result, adapter: Result) -> None:
+    """Write the record beside the adapter."""
+    record = {
+        "task": order.task,
+        "split": f"{exam.task.data}.test",
+        "n": len(exam.rows),
+        "of": exam.n_all,
+        "base_told_the_format": base.scores,
+        "adapter": adapter.scores,
+        "demo": {"question": exam.task.demo, "base": base.demo, "adapter": adapter.demo},
+        **{name: value for name, value in asdict(order).items() if name != "task"},
+        "training_dtype": "bfloat16 autocast",
+        "scoring_dtype": "float32",
+        **{package: version(package) for package in ("torch", "transformers", "peft")},
+    }
+    (folder / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

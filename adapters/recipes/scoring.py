@@ -1,0 +1,65 @@
+"""Greedy answers to held-out questions, and how many of their facts are right.
+
+Must not know: methods, training, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any, TypeVar
+
+import torch
+
+from motet.adapters.recipes.corpus import chat_ids
+from motet.adapters.recipes.readers import Example
+from motet.adapters.recipes.tasks import Task
+
+BATCH = 32
+Item = TypeVar("Item")
+Track = Callable[[Sequence[Item]], Iterable[Item]]
+"""Shows progress through a sequence."""
+
+
+@torch.inference_mode()
+def answers(
+    model: Any, tokenizer: Any, task: Task, questions: Sequence[str], track: Track[int] = iter
+) -> tuple[list[str], list[float]]:
+    """Greedy texts and, with choices, the first token's logit for the one less that for the other (else 0)."""
+    texts, margins = [""] * len(questions), [0.0] * len(questions)
+    prompts = [chat_ids(tokenizer, question) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    keep = {"return_dict_in_generate": True, "output_logits": task.choices is not None}
+    for start in track(range(0, len(order), BATCH)):
+        chosen = order[start : start + BATCH]
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
+        out = model.eval().generate(**batch, **keep, do_sample=False, max_new_tokens=task.answer_tokens)
+        for row, i in enumerate(chosen):
+            texts[i] = tokenizer.decode(out.sequences[row, len(batch["input_ids"][0]) :], skip_special_tokens=True)
+            if task.choices:
+                one, other = (tokenizer(choice)["input_ids"][0] for choice in task.choices)
+                margins[i] = float(out.logits[0][row, one] - out.logits[0][row, other])
+    return texts, margins
+
+
+def score(
+    model: Any, tokenizer: Any, task: Task, tests: Sequence[Example], hint: str = "", track: Track[int] = iter
+) -> dict[str, float]:
+    """Exact match and micro F1 of the facts, share of well-formed texts; with choices, accuracy and AUC of logits.
+
+    Args:
+        hint: put before every question.
+    """
+    texts, margins = answers(model, tokenizer, task, [hint + question for question, _ in tests], track)
+    pairs = [(task.facts(text), task.facts(told) or frozenset()) for text, (_, told) in zip(texts, tests, strict=True)]
+    metrics = {
+        "exact_match": fmean(given == wanted for given, wanted in pairs),
+        "f1": 2 * sum(len(g & w) for g, w in pairs if g) / sum(len(g or ()) + len(w) for g, w in pairs),
+        "well_formed": fmean(given is not None for given, _ in pairs),
+    }
+    if task.choices:
+        yes, no = ([m for m, (_, told) in zip(margins, tests, strict=True) if told == c] for c in task.choices)
+        metrics["majority_class"] = max(len(yes), len(no)) / len(tests)
+        metrics["logit_accuracy"] = fmean([y > 0 for y in yes] + [n <= 0 for n in no])
+        metrics["logit_auc"] = fmean((y > n) + (y == n) / 2 for y in yes for n in no)
+    return {name: round(value, 4) for name, value in metrics.items()}

@@ -1,0 +1,23 @@
+"""STARTS: one function for each row of RECIPES, which turns a base model into a trainee.
+
+Must not know: data, loops, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from motet.adapters.recipes import corda, eva, plain, polar
+from motet.adapters.recipes.trainee import Setup, Trainee
+
+STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
+    "lora": plain.start,
+    "rslora": plain.start,
+    "dora": plain.start,
+    "eva": eva.start,
+    "pissa": plain.start,
+    "olora": plain.start,
+    "corda-ipm": corda.ipm,
+    "corda-kpm": corda.kpm,
+    "polar": polar.start,
+}

@@ -1,0 +1,83 @@
+"""RECIPES: what each method trains with unless told otherwise. Plain data.
+
+Must not know: torch, PEFT, or how a method starts (`starts.py` has one function for each row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+Calibration = Literal["task", "knowledge"]
+"""Texts that an initialisation looks at: those of the task to learn, or those of the knowledge to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Defaults of one method.
+
+    Attributes:
+        learning_rate: at its highest, after the warm-up.
+        targets: last names of the linear layers that are adapted.
+        saved_dtype: of the saved tensors. Where the initial pair is part of the base, the change is a difference of
+            two pairs and bfloat16 would round most of it away.
+        peft: further fields of PEFT's LoraConfig.
+    """
+
+    summary: str
+    learning_rate: float
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    steps: int = 150
+    batch: int = 8
+    saved_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    calibration: Calibration | None = None
+    peft: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "lora": Recipe("low-rank adaptation", 1e-3),
+    "rslora": Recipe("LoRA scaled by alpha/sqrt(r)", 1e-3, alpha=8, peft={"use_rslora": True}),
+    "dora": Recipe("LoRA with trained row norms", 1e-3, peft={"use_dora": True}),
+    "eva": Recipe(
+        "LoRA that starts in the directions of the task's activations",
+        1e-3,
+        calibration="task",
+        peft={"init_lora_weights": "eva"},
+    ),
+    "pissa": Recipe(
+        "the principal singular values, trained on the rest",
+        1e-3,
+        alpha=8,
+        saved_dtype="float32",
+        peft={"init_lora_weights": "pissa"},
+    ),
+    "olora": Recipe(
+        "the first rows of a QR decomposition, trained on the rest",
+        1e-3,
+        alpha=8,
+        saved_dtype="float32",
+        peft={"init_lora_weights": "olora"},
+    ),
+    "corda-ipm": Recipe(
+        "the directions most used by the task, trained on the rest",
+        1e-3,
+        alpha=8,
+        saved_dtype="float32",
+        calibration="task",
+        peft={"init_lora_weights": "corda"},
+    ),
+    "corda-kpm": Recipe(
+        "the directions least used by what the model knows, trained on the rest",
+        1e-3,
+        alpha=8,
+        saved_dtype="float32",
+        calibration="knowledge",
+        peft={"init_lora_weights": "corda"},
+    ),
+    "polar": Recipe("orthonormal factors around a free core, trained on the landing field", 4e-3, alpha=32),
+}
+"""Rank, targets, steps and batch are small enough for minutes on two cores."""

@@ -1,0 +1,99 @@
+"""TASKS: what an adapter can be taught, with the data it is taught and tested by.
+
+Must not know: models, tokens, methods.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from motet.adapters.recipes import readers
+from motet.adapters.recipes.errors import DataError
+from motet.adapters.recipes.readers import Example, Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A bare question to a short answer.
+
+    Attributes:
+        data: path below the data folder, without `.train.jsonl`, `.test.jsonl`.
+        read: a row of the data; None where it does not fit.
+        facts: what an answer is scored by; None where the text is not of the task's form.
+        hint: put before the question for the base model only, which cannot know the form otherwise.
+        answer_tokens: the longest answer asked for.
+        choices: answers to rank by the logit of their first token as well; the rows are balanced between them.
+    """
+
+    data: str
+    read: Callable[[dict[str, Any]], Example | None]
+    facts: Callable[[str], Facts | None]
+    hint: str
+    answer_tokens: int
+    demo: str
+    choices: tuple[str, str] | None = None
+
+
+TASKS: Mapping[str, Task] = {
+    "wikisql": Task(
+        data="text/wikisql",
+        read=readers.read_wikisql,
+        facts=readers.sql_facts,
+        hint="Write one SQL query over a table named table that answers the question. Reply with SQL only, "
+        "like SELECT MAX(points) FROM table WHERE team = 'Essendon' AND year > 1990\n\nQuestion: ",
+        answer_tokens=80,
+        demo="What is the highest number of points when the home team is Essendon?",
+    ),
+    "advising-slots": Task(
+        data="text/advising_sql",
+        read=readers.read_slots,
+        facts=readers.slot_facts,
+        hint="Extract the values of department, number, requirement, semester, instructor, topic, credit, level, "
+        "year, time, area, grade and program that the question names. Reply with one JSON object only, like "
+        '{"department": "MATH", "number": "185", "semester": "Summer"}\n\nQuestion: ',
+        answer_tokens=64,
+        demo="Is EECS 484 offered in the Winter of 2017?",
+    ),
+    "boolq": Task(
+        data="qa/boolq",
+        read=readers.read_boolq,
+        facts=readers.boolq_facts,
+        hint="Answer with one word, true or false: ",
+        answer_tokens=4,
+        demo="Is confectioners' sugar the same as powdered sugar?",
+        choices=("true", "false"),
+    ),
+}
+
+
+def examples(task: Task, data: Path, split: str) -> list[Example]:
+    """Every row of a split that fits the task, in the order of the file.
+
+    Raises:
+        DataError: the file is absent.
+    """
+    found = [example for row in rows(data, task.data, split) if (example := task.read(row)) is not None]
+    if task.choices is None:
+        return found
+    sides = ([example for example in found if example[1] == choice] for choice in task.choices)
+    return [example for pair in zip(*sides, strict=False) for example in pair]  # as many of the one as the other
+
+
+def rows(data: Path, name: str, split: str) -> list[dict[str, Any]]:
+    """The JSON objects of `NAME.SPLIT.jsonl` below the data folder.
+
+    Raises:
+        DataError: the file is absent.
+    """
+    try:
+        lines = (data / f"{name}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"training data {name}.{split}.jsonl cannot be read ({error.strerror}); "
+            "name the folder that has it with --data or MOTET_DATA"
+        ) from error
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,59 @@
+"""A base model prepared for training by some method, as the loop and the files see it.
+
+Must not know: which methods there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from motet.adapters.recipes.table import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a method starts from.
+
+    Attributes:
+        model: a float32 causal language model of transformers, the caller's to give away: methods change it.
+        recipe: the row of the table; rank, alpha and targets below go before its own.
+        base_name: what the saved files call the base.
+        samples: [1, T] token ids to calibrate with, made when asked for.
+    """
+
+    model: Any
+    recipe: Recipe
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+    base_name: str
+    samples: Callable[[], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """A model in training.
+
+    Attributes:
+        model: the causal language model, the adapter inside it.
+        trainable: the tensors that training changes, by the names of the saved file.
+        save: writes the folder in the method's own layout.
+        correct_gradients: called between clipping and the optimiser's step.
+    """
+
+    model: Any
+    trainable: Mapping[str, nn.Parameter]
+    save: Callable[[Path], None]
+    correct_gradients: Callable[[], None] = lambda: None
+
+    def round_as_saved(self, dtype: torch.dtype) -> None:
+        """Make the trained tensors what a file of this dtype gives back."""
+        with torch.no_grad():
+            for parameter in self.trainable.values():
+                parameter.copy_(parameter.to(dtype))

@@ -1,0 +1,158 @@
+"""Trains one adapter of each method alike and measures what each method claims of itself; one JSON line a run.
+
+Run it from the repository root; a method and a learning rate that the results hold already are left out:
+
+    python -m tests.bench.claims --data DATA_DIR --results docs/results/claims-cpu.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from motet.adapters.recipes import knowledge
+from motet.adapters.recipes.corpus import Corpus
+from motet.adapters.recipes.run import Base, Order, begin
+from motet.adapters.recipes.table import RECIPES
+from motet.adapters.recipes.tasks import TASKS, examples
+from motet.adapters.recipes.trainee import Trainee
+from tests.bench import claims_measures as measures
+from tests.bench.machine import Machine
+
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TASK = "wikisql"
+STEPS = 150
+LOOK_AT = (10, 25, 50, 100, 150)
+"""Steps after which the held-out loss is measured."""
+RANK, TARGETS, BATCH, THREADS = 6, ("q_proj", "v_proj"), 8, 1
+POLAR_ALPHA = 32
+"""The authors'; of the others alpha is the rank, as in the paper on PiSSA."""
+HELD_OUT_ROWS, QUESTIONS = 128, 300
+ROWS_SEED = 0
+"""Of the held-out rows and the questions: all runs see the same."""
+BASE = "base"
+"""Instead of a method: the base model as it is."""
+
+Run = tuple[str, float, int]
+"""Method, learning rate, seed."""
+PLAN: Sequence[Run] = (
+    (BASE, 0.0, 0),
+    *((method, 1e-3, 0) for method in ("lora", "pissa", "corda-kpm", "corda-ipm")),
+    *((method, 4e-3, 0) for method in ("polar", "lora", "corda-kpm", "corda-ipm", "pissa")),
+    ("polar", 1e-3, 0),
+    *((method, rate, 0) for method in ("olora", "eva") for rate in (1e-3, 4e-3)),
+    *((method, rate, 1) for rate in (1e-3, 4e-3) for method in ("lora", "corda-kpm", "corda-ipm", "pissa", "polar")),
+)
+
+
+def arguments(run: Run) -> dict[str, Any]:
+    """Everything that shapes a run."""
+    method, rate, seed = run
+    alpha = POLAR_ALPHA if method == "polar" else RANK
+    order = Order(method, TASK, RANK, alpha, TARGETS, STEPS, rate, BATCH, seed, THREADS)
+    held_out = {"held_out_rows": HELD_OUT_ROWS, "questions": QUESTIONS, "rows_seed": ROWS_SEED}
+    return json.loads(json.dumps({**asdict(order), **held_out, "base": BASE_NAME}))  # type: ignore[no-any-return]
+
+
+def measure(run: Run, model_folder: Path, data: Path, keep: Path | None) -> dict[str, Any]:
+    """Train and judge.
+
+    Args:
+        keep: folder to save the adapter in.
+    """
+    method, rate, seed = run
+    torch.set_num_threads(THREADS)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    chosen = random.Random(ROWS_SEED)
+    rows = chosen.sample(examples(TASKS[TASK], data, "dev"), HELD_OUT_ROWS)
+    questions = chosen.sample(knowledge.questions(data, "test"), QUESTIONS)
+    corpus = Corpus.of(tokenizer, rows)
+    before = {path: weight.clone() for path, weight in measures.effective_weights(model, TARGETS).items()}
+    results: dict[str, Any] = {}
+    if method == BASE:
+        trainee = Trainee(model, {}, save=lambda _: None)
+        results["held_out"] = {"0": asdict(measures.held_out(trainee, corpus))}
+    else:
+        order = Order(**{**{name: arguments(run)[name] for name in Order.__slots__}, "targets": TARGETS})
+        start_s = time.perf_counter()
+        trainee, loop = begin(order, Base(BASE_NAME, model, tokenizer), data)
+        results["start_s"] = round(time.perf_counter() - start_s, 2)
+        results["held_out"], step_s = {}, time.perf_counter()
+        training_s = 0.0
+        for _ in loop:
+            training_s += time.perf_counter() - step_s
+            if loop.done in LOOK_AT:
+                found = asdict(measures.held_out(trainee, corpus))
+                if loop.done != STEPS:
+                    del found["row_losses"]
+                results["held_out"][str(loop.done)] = found
+            step_s = time.perf_counter()
+        results["training_s"] = round(training_s, 1)
+        results["training_losses"] = [round(loss, 4) for loss in loop.losses]
+        results["change"] = asdict(measures.change(before, measures.effective_weights(trainee.model, TARGETS)))
+    results["knowledge"] = asdict(measures.knowledge(trainee.model, tokenizer, questions))
+    if keep is not None and method != BASE:
+        trainee.round_as_saved(getattr(torch, RECIPES[method].saved_dtype))
+        trainee.save(keep / f"{method}-{rate:g}-{seed}")
+    return results
+
+
+def record(run: Run, results: dict[str, Any], load_before: tuple[float, float, float]) -> dict[str, Any]:
+    """One line of the results."""
+    return {
+        "label": f"{run[0]} at {run[1]:g}, seed {run[2]}",
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "arguments": arguments(run),
+        "machine": asdict(Machine.here()),
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+        "load_before": load_before,
+        "results": results,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="claims", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, default=os.environ.get("MOTET_DATA", "../shared/data"))
+    parser.add_argument("--model", type=Path, help="folder of the base model; by default the default model")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines to append to")
+    parser.add_argument("--keep", type=Path, help="folder to save the adapters in")
+    parser.add_argument("--until", type=float, metavar="SECONDS", help="start no run later than this after the start")
+    options = parser.parse_args(argv)
+    if (model := options.model) is None:
+        from motet.server.model.default_model import ensure_default_model
+
+        model = ensure_default_model()
+    start_s = time.monotonic()
+    lines = options.results.read_text().splitlines() if options.results.exists() else []
+    known = [json.loads(line)["arguments"] for line in lines]
+    for run in PLAN:
+        if arguments(run) in known:
+            continue
+        if options.until is not None and time.monotonic() - start_s > options.until:
+            break
+        load_before = os.getloadavg()
+        line = record(run, measure(run, model, options.data, options.keep), load_before)
+        with options.results.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        print(
+            line["label"], {step: round(at["loss"], 4) for step, at in line["results"]["held_out"].items()}, flush=True
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
