@@ -80,7 +80,16 @@ class Arena:
         self.allocator = UnitAllocator(budget_bytes // self.unit_bytes)
         self.units_NU = torch.empty((self.allocator.capacity, self.unit), dtype=dtype, device=device)
 
-    def write(self, start: int, rows: torch.Tensor) -> None:
-        """Copy rows [R, width] to the units from `start` on, cast to the arena's dtype."""
-        units = rows.numel() // self.unit
-        self.units_NU[start : start + units].copy_(rows.reshape(units, self.unit))
+    def units_of(self, operand: torch.Tensor) -> int:
+        """Units that an operand takes: rows of whole units, or indices at four bytes each, rounded up."""
+        if operand.is_floating_point():
+            return operand.numel() // self.unit
+        return math.ceil(operand.numel() * torch.int32.itemsize / self.unit_bytes)
+
+    def write(self, start: int, operand: torch.Tensor) -> None:
+        """Copy rows [R, width], cast to the arena's dtype, or indices, as int32, to the units from `start` on."""
+        units = self.units_NU[start : start + self.units_of(operand)]
+        if operand.is_floating_point():
+            units.copy_(operand.reshape(units.shape))
+        else:
+            units.view(-1).view(torch.int32)[: operand.numel()].copy_(operand)

@@ -39,6 +39,8 @@ class BaseModel:
         weight: target name → W [O, I] as float32 on the CPU.
         bias: target name → c [O] as float32 on the CPU; only for targets with a bias.
         weight_norm: target name → ‖W‖ (Frobenius), remembered.
+        parameter_names: every parameter of the model, those of the targets too; a tied one has its first name only.
+        parameter: name → values as float32 on the CPU.
     """
 
     name: str
@@ -48,3 +50,5 @@ class BaseModel:
     weight: Callable[[str], torch.Tensor]
     bias: Callable[[str], torch.Tensor]
     weight_norm: Callable[[str], float]
+    parameter_names: frozenset[str]
+    parameter: Callable[[str], torch.Tensor]

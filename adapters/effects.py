@@ -3,6 +3,8 @@
 Must not know: methods, files, devices, kernels. With base weight W [O, I], bias c, input row x and rank gate g:
 
     h = W x + B (g ⊙ (A x))          LowRank
+    h = h + V x[idx]                 ColumnSparse
+    h[idx] = h[idx] + V x            RowSparse
     y = (1 + d) ⊙ h + c + b          OutputScale (d), OutputBias (b)
 
 Effects are float32 on the CPU: lowering happens once, at load; the cast to the serving dtype comes last.
@@ -31,6 +33,32 @@ class LowRank:
     @property
     def rank(self) -> int:
         return self.a_RI.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ColumnSparse:
+    """Adds ``V x[idx]``: a change of some columns of the weight.
+
+    Attributes:
+        index_S: [S] int64, distinct input indices, ascending.
+        v_OS: [O, S] float32.
+    """
+
+    index_S: torch.Tensor
+    v_OS: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSparse:
+    """Adds ``V x`` to the outputs idx: a change of some rows of the weight.
+
+    Attributes:
+        index_S: [S] int64, distinct output indices, ascending.
+        v_SI: [S, I] float32.
+    """
+
+    index_S: torch.Tensor
+    v_SI: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +93,8 @@ class TargetEffects:
     low_rank: LowRank | None = None
     scale: OutputScale | None = None
     bias: OutputBias | None = None
+    columns: ColumnSparse | None = None
+    rows: RowSparse | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

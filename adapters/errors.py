@@ -12,12 +12,15 @@
     │   ├── UnmatchedTensorError
     │   ├── MissingTensorError
     │   ├── ShapeError
-    │   └── NonFiniteError
-    └── RegistryError
-        ├── AdapterNotFoundError
-        ├── AdapterExistsError
-        ├── InvalidNameError
-        └── ArenaFullError
+    │   ├── NonFiniteError
+    │   └── GoldenError
+    ├── RegistryError
+    │   ├── AdapterNotFoundError
+    │   ├── AdapterExistsError
+    │   ├── InvalidNameError
+    │   ├── SourceChangedError
+    │   └── ArenaFullError
+    └── ExportError              the folder to write cannot be written
 
 Every message names the thing, the value, the limit and the remedy. No message carries a path of the server.
 """
@@ -79,6 +82,10 @@ class NonFiniteError(FormatError):
     """A tensor holds NaN or infinity."""
 
 
+class GoldenError(FormatError):
+    """The adapter does not compute what its golden.json says, or golden.json cannot be checked."""
+
+
 class RegistryError(AdapterError):
     """The registry cannot do what was asked."""
 
@@ -95,8 +102,16 @@ class InvalidNameError(RegistryError):
     """The name cannot be given to an adapter."""
 
 
+class SourceChangedError(RegistryError):
+    """The published version is not what its source holds now."""
+
+
 class ArenaFullError(RegistryError):
     """The adapter does not fit into the adapter memory that is left."""
+
+
+class ExportError(AdapterError):
+    """An adapter cannot be written where it was asked for."""
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

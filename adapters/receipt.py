@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from motet.adapters.base import BaseModel
+from motet.adapters.dense import merge
 from motet.adapters.effects import Lowered, TargetEffects
 from motet.adapters.version import Digest
 
@@ -58,13 +59,12 @@ def receipt(lowered: Lowered, digest: Digest, base: BaseModel, resident_bytes: i
 def relative_norm(effects: TargetEffects, target: str, base: BaseModel) -> float:
     """‖ΔW‖/‖W‖ of the effects on a target; biases do not count; infinite where W is zero.
 
-    A scale needs the dense weight; a low-rank change alone does not: ‖BA‖² = Σ (BᵀB) ⊙ (AAᵀ).
+    A scale or a sparse change needs the dense weight; a low-rank change alone does not: ‖BA‖² = Σ (BᵀB) ⊙ (AAᵀ).
     """
-    if effects.scale:
+    if effects.scale or effects.columns or effects.rows:
         weight_OI = base.weight(target)
-        product_OI = effects.low_rank.b_OR @ effects.low_rank.a_RI if effects.low_rank else 0
-        changed_OI = (weight_OI + product_OI) * (1 + effects.scale.delta_O)[:, None]
-        norm = float(torch.linalg.vector_norm(changed_OI - weight_OI))
+        merged_OI, _ = merge(effects, weight_OI, None)
+        norm = float(torch.linalg.vector_norm(merged_OI - weight_OI))
     elif effects.low_rank:
         a_RI, b_OR = effects.low_rank.a_RI.double(), effects.low_rank.b_OR.double()
         norm = float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum().clamp(min=0).sqrt())

@@ -1,8 +1,8 @@
 """Names, versions and leases: which adapter a name means now, and how long a version must stay.
 
-Must not know: HTTP, the scheduler, kernels. A name points to a version; a request resolves it once and holds a lease
-until it ends. Publishing moves the pointer in one assignment; a version that no name points to is freed with its last
-lease.
+Must not know: HTTP, the scheduler, kernels, how log-probabilities are computed. A name points to a version; a request
+resolves it once and holds a lease until it ends. Publishing moves the pointer in one assignment; a version that no name
+points to is freed with its last lease.
 """
 
 from __future__ import annotations
@@ -10,16 +10,25 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from motet.adapters import methods, source
+from motet.adapters import golden, methods, source
 from motet.adapters.base import BaseModel
+from motet.adapters.cache import LoweredCache
 from motet.adapters.effects import Lowered
-from motet.adapters.errors import AdapterExistsError, AdapterNotFoundError, InvalidNameError
+from motet.adapters.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    InvalidNameError,
+    SourceChangedError,
+)
+from motet.adapters.golden import Golden
 from motet.adapters.receipt import Receipt, receipt
 from motet.adapters.residency import Residency
-from motet.adapters.version import AdapterVersion, Slot
+from motet.adapters.spec import NOTHING_DECLARED, Declared
+from motet.adapters.version import AdapterVersion, Digest, Slot
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 
@@ -29,7 +38,9 @@ class _Entry:
     version: AdapterVersion
     slot: Slot
     receipt: Receipt
-    published_s: float
+    folder: Path
+    declared: Declared
+    published_s: float = 0.0
     leases: int = 0
     retired: bool = False
 
@@ -58,55 +69,102 @@ class Lease:
     _entry: _Entry = field(repr=False)
 
 
+Check = Callable[[Golden, Callable[[], Lease]], None]
+"""Computes golden log-probabilities through the engine, with leases that each call of the second argument gives.
+
+Raises GoldenError when they are not as expected; every lease it took, it has released or handed on.
+"""
+
+
 class Registry:
     """The published adapters.
+
+    Args:
+        cache: keeps what was lowered; None lowers every time.
+        check: asked before an adapter with golden log-probabilities is published; None where nothing is published for
+            requests, as in `motet adapters inspect`.
 
     Note: every method may be called from any thread. Files are read and lowered outside of the lock, so that running
     requests never wait for a load.
     """
 
-    def __init__(self, base: BaseModel, residency: Residency) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        residency: Residency,
+        cache: LoweredCache | None = None,
+        check: Check | None = None,
+    ) -> None:
         self.base = base
         self.residency = residency
+        self._cache = cache
+        self._check = check
         self._lock = threading.Lock()
         self._published: dict[str, _Entry] = {}
 
-    def load(self, name: str, folder: Path, *, replace: bool = False) -> AdapterInfo:
+    def load(
+        self, name: str, folder: Path, declared: Declared = NOTHING_DECLARED, *, replace: bool = False
+    ) -> AdapterInfo:
         """Read, check, lower and place an adapter, then publish it under `name`.
 
         Args:
-            folder: an already confined path.
+            folder: an already confined path, as are those in `declared`.
             replace: whether a published name may move to the new version; requests that run finish on the old one.
 
         Raises:
             InvalidNameError, AdapterExistsError: before anything is read.
             AdapterError: the adapter is refused; nothing is visible to requests.
+
+        Note: waits for the engine where the folder has golden log-probabilities.
         """
         self._check_name(name, replace)
-        lowered, facts = self.examine(folder)
-        slot = self.residency.place(lowered)
-        entry = _Entry(AdapterVersion(name, facts.digest), slot, facts, time.time())
+        lowered, facts = self.examine(folder, declared)
+        vouched = golden.read(folder) if self._check else None
+        entry = _Entry(AdapterVersion(name, facts.digest), self.residency.place(lowered), facts, folder, declared)
         try:
+            if self._check is not None and vouched is not None:
+                self._check(vouched, lambda: self._lease(entry))
             with self._lock:
                 self._check_name(name, replace)
                 old = self._published.get(name)
+                entry.published_s = time.time()
                 self._published[name] = entry
-        except AdapterExistsError:
-            self.residency.release(slot)
+        except BaseException:
+            self._retire(entry)  # a lease of the check may still be on its way back
             raise
         if old is not None:
             self._retire(old)
         return self._info(entry)
 
-    def examine(self, folder: Path) -> tuple[Lowered, Receipt]:
+    def examine(self, folder: Path, declared: Declared = NOTHING_DECLARED) -> tuple[Lowered, Receipt]:
         """Read, check and lower an adapter without placing it.
 
         Raises:
             AdapterError: the adapter is refused.
         """
-        files = source.read(folder)
-        lowered = methods.lower(files, self.base)
-        return lowered, receipt(lowered, files.digest, self.base, self.residency.bytes_needed(lowered))
+        digest, lowered = self._lower(folder, declared)
+        return lowered, receipt(lowered, digest, self.base, self.residency.bytes_needed(lowered))
+
+    def lowered(self, name: str) -> tuple[AdapterVersion, Lowered]:
+        """What the published version was lowered to: from the cache, or by lowering its source again.
+
+        Raises:
+            AdapterNotFoundError: the name is not published.
+            SourceChangedError: the source holds something else by now.
+            AdapterError: the source can no longer be read.
+        """
+        with self._lock:
+            entry = self._entry(name)
+        cached = self._cache.get(self.base.fingerprint, entry.version.digest) if self._cache else None
+        if cached is not None:
+            return entry.version, cached
+        digest, lowered = self._lower(entry.folder, entry.declared)
+        if digest != entry.version.digest:
+            raise SourceChangedError(
+                f"adapter {name!r} is published with digest {entry.version.digest}, but its source has digest {digest} "
+                "by now; load it again to serve what its source holds"
+            )
+        return entry.version, lowered
 
     def unload(self, name: str) -> AdapterInfo:
         """Take the name away; the version is freed when its last lease ends.
@@ -133,9 +191,7 @@ class Registry:
 
     def renew(self, lease: Lease) -> Lease:
         """Another lease on the same version, for another generation of the same request."""
-        with self._lock:
-            lease._entry.leases += 1
-        return Lease(lease.version, lease.slot, lease._entry)
+        return self._lease(lease._entry)
 
     def release(self, lease: Lease) -> None:
         """End a lease; each lease ends exactly once."""
@@ -161,6 +217,21 @@ class Registry:
         """
         with self._lock:
             return self._info(self._entry(name))
+
+    def _lower(self, folder: Path, declared: Declared) -> tuple[Digest, Lowered]:
+        """Digest of a folder's content and what it lowers to; nothing that the cache holds is lowered again."""
+        files = source.read(folder, declared)
+        lowered = self._cache.get(self.base.fingerprint, files.digest) if self._cache else None
+        if lowered is None:
+            lowered = methods.lower(files, self.base)
+            if self._cache is not None:
+                self._cache.put(self.base.fingerprint, files.digest, lowered)
+        return files.digest, lowered
+
+    def _lease(self, entry: _Entry) -> Lease:
+        with self._lock:
+            entry.leases += 1
+        return Lease(entry.version, entry.slot, entry)
 
     def _check_name(self, name: str, replace: bool) -> None:
         if not NAME_PATTERN.fullmatch(name):

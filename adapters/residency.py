@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,10 @@ class Addresses:
         a_first, b_first: of A [R, I] and Bᵀ [R, O]; meaningless where rank is 0.
         rank: true rank, 0 where the adapter has no low-rank effect on the target.
         scale_first, bias_first: of the vectors [O]; meaningless where absent.
-        has_scale, has_bias: bool.
+        columns_first, columns_index: of Vᵀ [S, O] and of the indices of a ColumnSparse.
+        rows_first, rows_index: of V [S, I] and of the indices of a RowSparse.
+        columns, rows: how many of either, 0 where absent.
+        has_scale, has_bias: 0 or 1.
     """
 
     a_first: Int32
@@ -39,11 +42,17 @@ class Addresses:
     rank: Int32
     scale_first: Int32
     bias_first: Int32
-    has_scale: npt.NDArray[np.bool_]
-    has_bias: npt.NDArray[np.bool_]
+    columns_first: Int32
+    columns_index: Int32
+    columns: Int32
+    rows_first: Int32
+    rows_index: Int32
+    rows: Int32
+    has_scale: Int32
+    has_bias: Int32
 
 
-_COLUMNS = ("a_first", "b_first", "rank", "scale_first", "bias_first", "has_scale", "has_bias")
+_COLUMNS = tuple(field.name for field in fields(Addresses))
 
 
 class Residency:
@@ -74,8 +83,8 @@ class Residency:
 
     def bytes_needed(self, lowered: Lowered) -> int:
         """Bytes the adapter takes in the arena."""
-        elements = sum(rows.numel() for effects in lowered.effects.values() for _, rows in _operands(effects))
-        return elements // self.arena.unit * self.arena.unit_bytes
+        operands = (operand for effects in lowered.effects.values() for _, operand in _operands(effects))
+        return sum(self.arena.units_of(operand) for operand in operands) * self.arena.unit_bytes
 
     def place(self, lowered: Lowered) -> Slot:
         """Copy the adapter's operands into the arena.
@@ -106,8 +115,7 @@ class Residency:
     def addresses(self, slots: list[Slot]) -> Addresses:
         """Addresses of the operands of these slots, one column per slot."""
         columns = self._tables[:, :, slots]
-        a_first, b_first, rank, scale_first, bias_first, has_scale, has_bias = columns
-        return Addresses(a_first, b_first, rank, scale_first, bias_first, has_scale != 0, has_bias != 0)
+        return Addresses(*columns)
 
     def _allocate(self, lowered: Lowered) -> tuple[list[int], Int32]:
         ranges: list[int] = []
@@ -115,7 +123,7 @@ class Residency:
         for name, effects in lowered.effects.items():
             target = self._targets[name].index
             for kind, rows in _operands(effects):
-                start = self.arena.allocator.allocate(rows.numel() // self.arena.unit)
+                start = self.arena.allocator.allocate(self.arena.units_of(rows))
                 if start is None:
                     for taken in ranges:
                         self.arena.allocator.free(taken)
@@ -124,6 +132,8 @@ class Residency:
                 self.arena.write(start, rows)
                 column[_COLUMNS.index(kind), target] = start
             column[_COLUMNS.index("rank"), target] = effects.low_rank.rank if effects.low_rank else 0
+            column[_COLUMNS.index("columns"), target] = len(effects.columns.index_S) if effects.columns else 0
+            column[_COLUMNS.index("rows"), target] = len(effects.rows.index_S) if effects.rows else 0
             column[_COLUMNS.index("has_scale"), target] = effects.scale is not None
             column[_COLUMNS.index("has_bias"), target] = effects.bias is not None
         return ranges, column
@@ -146,4 +156,8 @@ def _operands(effects: TargetEffects) -> list[tuple[str, torch.Tensor]]:
         operands.append(("scale_first", effects.scale.delta_O))
     if effects.bias:
         operands.append(("bias_first", effects.bias.bias_O))
+    if effects.columns:
+        operands += [("columns_first", effects.columns.v_OS.T), ("columns_index", effects.columns.index_S)]
+    if effects.rows:
+        operands += [("rows_first", effects.rows.v_SI), ("rows_index", effects.rows.index_S)]
     return operands

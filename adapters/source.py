@@ -1,60 +1,77 @@
 """Reads an adapter's files without trusting them: confined path, safetensors only, limits before bytes.
 
-Must not know: methods, the base model. Everything returned was read once, and the digest is of exactly those bytes.
+Must not know: methods, the base model. The digest covers every file and declaration that can change what is lowered.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
-from motet.adapters.errors import (
-    CorruptSourceError,
-    SourceNotFoundError,
-    UnsafeFormatError,
-    UnsafePathError,
-)
+from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file
+from motet.adapters.checkpoint import MODEL_CONFIG, read_checkpoint
+from motet.adapters.errors import ConfigError, SourceNotFoundError, UnsafeFormatError, UnsafePathError
+from motet.adapters.spec import NOTHING_DECLARED, Declared
 from motet.adapters.version import Digest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+INITIAL_FOLDERS = ("pissa_init", "corda_init", "olora_init", "lora_ga_init", "initial_adapter")
+"""Sub-folders that hold the adapter as it was before training; the first two are the methods' own names."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What is refused before it is read; bytes and counts."""
+class Layout(enum.Enum):
+    """What kind of folder it is."""
 
-    config_bytes: int = 1 << 20
-    header_bytes: int = 16 << 20
-    weights_bytes: int = 4 << 30
-    tensors: int = 100_000
+    PEFT = "adapter"
+    MODEL = "model directory"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterFiles:
-    """The content of an adapter folder.
+    """The content of a folder, and of what belongs to it.
 
     Attributes:
-        config: the parsed adapter_config.json.
+        config: the parsed adapter_config.json, or config.json of a model directory.
         tensors: name → tensor, in the file's dtype, on the CPU.
-        digest: SHA-256 over both files.
-        weights_bytes: size of the weights file.
+        digest: SHA-256 over all files and declarations.
+        weights_bytes: size of the weights.
+        initial: the adapter before training, from a declaration or a sub-folder.
+        initial_folder: the name of its folder, where that is one of INITIAL_FOLDERS.
+        residual: the model directory the adapter was declared to be trained on.
+        trained_on_base: declared: the pair is the whole change of the base.
     """
 
+    layout: Layout
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     digest: Digest
     weights_bytes: int
+    initial: AdapterFiles | None = None
+    initial_folder: str | None = None
+    residual: AdapterFiles | None = None
+    trained_on_base: bool = False
+
+    def require_no_start(self, method: str) -> None:
+        """Refuse declarations that the method would have to ignore.
+
+        Raises:
+            ConfigError: an initial adapter, a residual model or trained_on_base was declared.
+        """
+        for what, given in (
+            ("an initial adapter", self.initial is not None),
+            ("a residual model", self.residual is not None),
+            ("trained_on_base", self.trained_on_base),
+        ):
+            if given:
+                raise ConfigError(f"{method} adapters hold their whole change: {what} means nothing to them; drop it")
 
 
 def confine(path: Path, roots: Sequence[Path]) -> Path:
@@ -87,38 +104,84 @@ def confine(path: Path, roots: Sequence[Path]) -> Path:
     raise SourceNotFoundError(f"adapter source {str(path)!r} is below none of the adapter roots; check the path")
 
 
-def read(folder: Path, limits: Limits = Limits()) -> AdapterFiles:
-    """Read and check an adapter folder in PEFT's layout.
+def read(folder: Path, declared: Declared = NOTHING_DECLARED, limits: Limits = DEFAULT_LIMITS) -> AdapterFiles:
+    """Read and check a folder and what is declared of it.
 
     Raises:
-        SourceNotFoundError: the folder or one of its two files is missing or may not be read.
+        SourceNotFoundError: a folder or one of its files is missing or may not be read.
         UnsafeFormatError: the weights are only there as a pickle.
-        UnsafePathError: a file is a link that leaves the folder.
+        UnsafePathError: a file is a link that leaves its folder.
         CorruptSourceError: a file is too large, truncated or contradicts its header.
+        ConfigError: the declarations contradict each other.
     """
+    files = _read_folder(folder, limits)
+    initial, initial_folder = declared.initial, None
+    if initial is None and files.layout is Layout.PEFT:
+        initial_folder = next((name for name in INITIAL_FOLDERS if (folder / name).is_dir()), None)
+        initial = _inside(folder, initial_folder) if initial_folder else None
+    elif initial is not None and initial.name in INITIAL_FOLDERS:
+        initial_folder = initial.name
+    if declared.trained_on_base and (initial or declared.residual):
+        raise ConfigError(
+            "trained_on_base contradicts an initial adapter or a residual model: either the adapter was trained on the "
+            "base itself, or on what the initial adapter left of it; declare one"
+        )
+    return _joined(
+        replace(
+            files,
+            initial=_read_part("initial adapter", initial, Layout.PEFT, limits),
+            initial_folder=initial_folder,
+            residual=_read_part("residual model", declared.residual, Layout.MODEL, limits),
+            trained_on_base=declared.trained_on_base,
+        )
+    )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise UnsafePathError(f"{name} is a link that leaves the adapter folder; copy the folder instead")
+    return folder / name
+
+
+def _read_part(what: str, folder: Path | None, layout: Layout, limits: Limits) -> AdapterFiles | None:
+    if folder is None:
+        return None
+    files = _read_folder(folder, limits)
+    if files.layout is not layout:
+        raise ConfigError(f"the {what} {folder.name!r} is of kind {files.layout.value!r}; it must be {layout.value!r}")
+    return files
+
+
+def _joined(files: AdapterFiles) -> AdapterFiles:
+    """The files with one digest for all parts; that of the folder alone where there are no others."""
+    parts = [(name, part.digest) for name in ("initial", "residual") if (part := getattr(files, name)) is not None]
+    if files.trained_on_base:
+        parts.append(("trained_on_base", Digest("")))
+    if not parts:
+        return files
+    digest = hashlib.sha256(files.digest.encode())
+    for name, part_digest in parts:
+        digest.update(f" {name} {part_digest}".encode())
+    return replace(files, digest=Digest(digest.hexdigest()))
+
+
+def _read_folder(folder: Path, limits: Limits) -> AdapterFiles:
     try:
-        config_bytes, weights = _read_both(folder, limits)
+        if not folder.is_dir():
+            raise SourceNotFoundError(f"adapter source {folder.name!r} is not a folder; give the folder PEFT saved")
+        if (folder / MODEL_CONFIG).exists() and not (folder / CONFIG_FILE).exists():
+            config, tensors, digest, weights_bytes = read_checkpoint(folder, limits)
+            return AdapterFiles(Layout.MODEL, config, tensors, Digest(digest), weights_bytes)
+        return _read_peft(folder, limits)
     except OSError as error:
         raise SourceNotFoundError(
             f"adapter folder {folder.name!r} cannot be read: {error.strerror}; check its permissions"
         ) from error
-    digest = hashlib.sha256()
-    for part in (config_bytes, weights):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return AdapterFiles(
-        config=_parse_config(config_bytes),
-        tensors=_parse_weights(weights, limits),
-        digest=Digest(digest.hexdigest()),
-        weights_bytes=len(weights),
-    )
 
 
-def _read_both(folder: Path, limits: Limits) -> tuple[bytes, bytes]:
-    """The bytes of the configuration and of the weights."""
-    if not folder.is_dir():
-        raise SourceNotFoundError(f"adapter source {folder.name!r} is not a folder; give the folder PEFT saved")
-    config = _read_file(folder, CONFIG_FILE, limits.config_bytes)
+def _read_peft(folder: Path, limits: Limits) -> AdapterFiles:
+    """Everything is read once, and the digest is of exactly those bytes."""
+    config = read_file(folder, CONFIG_FILE, limits.config_bytes)
     if not (folder / WEIGHTS_FILE).exists():
         for name in PICKLES:
             if (folder / name).exists():
@@ -126,61 +189,15 @@ def _read_both(folder: Path, limits: Limits) -> tuple[bytes, bytes]:
                     f"{name} is a pickle, which can run code when it is read; save the adapter with "
                     f"safe_serialization=True, which writes {WEIGHTS_FILE}"
                 )
-    return config, _read_file(folder, WEIGHTS_FILE, limits.weights_bytes)
-
-
-def _read_file(folder: Path, name: str, limit: int) -> bytes:
-    path = folder / name
-    if not path.is_file():
-        raise SourceNotFoundError(
-            f"{name} is missing from adapter folder {folder.name!r}; PEFT's save_pretrained writes it"
-        )
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UnsafePathError(f"{name} is a link that leaves the adapter folder; copy the file instead")
-    size = path.stat().st_size
-    if size > limit:
-        raise CorruptSourceError(f"{name} has {size:,} bytes, more than the limit of {limit:,}; is it an adapter?")
-    with path.open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) != size:
-        raise CorruptSourceError(f"{name} changed while it was read; load it again once it is written completely")
-    return content
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(keys := dict(pairs)) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise CorruptSourceError(f"key {twice!r} stands twice in one JSON object; keep one of them")
-    return keys
-
-
-def _parse_config(content: bytes) -> dict[str, Any]:
-    try:
-        config = json.loads(content, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CorruptSourceError(f"{CONFIG_FILE} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CorruptSourceError(f"{CONFIG_FILE} holds a {type(config).__name__}, not an object")
-    return config
-
-
-def _parse_weights(content: bytes, limits: Limits) -> dict[str, torch.Tensor]:
-    """Check the header against the limits and the bytes, then let safetensors decode it."""
-    header_bytes = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or header_bytes > min(limits.header_bytes, len(content) - 8):
-        raise CorruptSourceError(
-            f"{WEIGHTS_FILE} announces a header of {header_bytes:,} bytes; the file has {len(content):,} and the limit "
-            f"is {limits.header_bytes:,}: it is truncated or not a safetensors file"
-        )
-    try:
-        header = json.loads(content[8 : 8 + header_bytes], object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CorruptSourceError(f"{WEIGHTS_FILE} has a header that is not valid JSON: {error}") from error
-    if not isinstance(header, dict) or len(header) > limits.tensors:
-        raise CorruptSourceError(
-            f"{WEIGHTS_FILE} announces more than {limits.tensors:,} tensors, or none that can be read"
-        )
-    try:
-        return safetensors.torch.load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CorruptSourceError(f"{WEIGHTS_FILE} is not a valid safetensors file: {error}") from error
+    weights = read_file(folder, WEIGHTS_FILE, limits.weights_bytes)
+    digest = hashlib.sha256()
+    for part in (config, weights):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return AdapterFiles(
+        layout=Layout.PEFT,
+        config=parse_object(CONFIG_FILE, config),
+        tensors=parse_tensors(WEIGHTS_FILE, weights, limits),
+        digest=Digest(digest.hexdigest()),
+        weights_bytes=len(weights),
+    )

@@ -1,4 +1,4 @@
-"""Which backend does the low-rank work: the one place that chooses, and the only import of each backend.
+"""Which backend does the low-rank and the sparse work: the one place that chooses, and the only import of each backend.
 
 Must not know: adapters, requests, the model. A backend that was asked for and cannot run is an error, never a
 quiet switch to another.
@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from motet.kernels.errors import BackendUnavailableError
-from motet.kernels.ops import LowRankPlan
+from motet.kernels.ops import LowRankPlan, SparsePlan
 from motet.kernels.segments import Segments, TargetShape
+from motet.kernels.sparse import SparseSegments
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -55,19 +56,71 @@ def low_rank_plan(
         case "cpu":
             from motet.kernels.cpu.low_rank import CpuPlan
 
-            if arena_NU.device.type != "cpu":
-                raise BackendUnavailableError(
-                    f"backend 'cpu' needs the arena on the CPU, not on {arena_NU.device}; choose 'triton'"
-                )
+            _check_cpu(arena_NU)
             return CpuPlan(arena_NU, shapes, segments)
         case "triton":
-            return _triton_plan(arena_NU, shapes, segments)
+            _check_triton(arena_NU)
+            from motet.kernels.triton.plan import TritonPlan
+
+            return TritonPlan(arena_NU, shapes, segments)
 
 
-def _triton_plan(arena_NU: torch.Tensor, shapes: Sequence[TargetShape], segments: Segments) -> LowRankPlan:
+def sparse_plan(
+    backend: Backend,
+    arena_NU: torch.Tensor,
+    shapes: Sequence[TargetShape],
+    columns: SparseSegments,
+    rows: SparseSegments,
+    n_rows: int,
+) -> SparsePlan:
+    """Prepare one step's ColumnSparse and RowSparse work for every target.
+
+    Args:
+        backend: who does it; see `default_backend`.
+        arena_NU: [N, U], contiguous, float32, float16 or bfloat16; a unit's bytes are a multiple of four.
+        shapes: [C] the targets, in the order of the segments' first axis.
+        columns: who gathers what; segments that outlive a step may reuse its plan.
+        rows: who scatters what; need not be cut like `columns`.
+        n_rows: T, rows in the batch.
+
+    Returns:
+        A plan whose `backend` is the one asked for.
+
+    Raises:
+        BackendUnavailableError: the backend cannot run here or on this arena.
+    """
+    assert arena_NU.is_contiguous(), f"the arena has strides {arena_NU.stride()}"
+    arena_shape = (arena_NU.shape[0], arena_NU.shape[1])
+    in_widths, out_widths = [shape.in_width for shape in shapes], [shape.out_width for shape in shapes]
+    columns.check(out_widths, in_widths, arena_shape, arena_NU.itemsize, n_rows)
+    rows.check(in_widths, out_widths, arena_shape, arena_NU.itemsize, n_rows)
+    match backend:
+        case "reference":
+            from motet.kernels.reference.sparse import ReferenceSparsePlan
+
+            return ReferenceSparsePlan(arena_NU, shapes, columns, rows)
+        case "cpu":
+            from motet.kernels.cpu.sparse import CpuSparsePlan
+
+            _check_cpu(arena_NU)
+            return CpuSparsePlan(arena_NU, shapes, columns, rows)
+        case "triton":
+            _check_triton(arena_NU)
+            from motet.kernels.triton.sparse_plan import TritonSparsePlan
+
+            return TritonSparsePlan(arena_NU, shapes, columns, rows)
+
+
+def _check_cpu(arena_NU: torch.Tensor) -> None:
+    if arena_NU.device.type != "cpu":
+        raise BackendUnavailableError(
+            f"backend 'cpu' needs the arena on the CPU, not on {arena_NU.device}; choose 'triton'"
+        )
+
+
+def _check_triton(arena_NU: torch.Tensor) -> None:
     try:
         from motet.kernels.triton.low_rank import INTERPRETED
-        from motet.kernels.triton.plan import TritonPlan
     except ImportError as error:
         raise BackendUnavailableError(
             f"backend 'triton' cannot be imported ({error}); install triton or choose 'cpu'"
@@ -77,4 +130,3 @@ def _triton_plan(arena_NU: torch.Tensor, shapes: Sequence[TargetShape], segments
             f"backend 'triton' needs the arena on CUDA, not on {arena_NU.device}; choose 'cpu', or set "
             "TRITON_INTERPRET=1 before triton is first imported to test the kernels without a GPU"
         )
-    return TritonPlan(arena_NU, shapes, segments)

@@ -37,3 +37,36 @@ class LowRankPlan(Protocol):
             refuses the rest. Rows of x and y need not be: what they hold stays in their own row.
             The plan reads the arena at each call, so its operands must stay where they are while the plan is in use.
         """
+
+
+class SparsePlan(Protocol):
+    """The ColumnSparse and RowSparse work of one step, prepared once and applied to every target."""
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that does the work."""
+
+    def touches(self, target: int) -> bool:
+        """Whether any row has such an effect on the target."""
+
+    def add_(self, target: int, y_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
+        """Add every segment's gathered and scattered products to its rows, in place.
+
+        Semantics: ``y_t += Σ_s x_t[idx_s] · Vᵀ_s`` for each row t of a column segment, then, for each row t of a row
+        segment, ``y_t[idx_s] += V_s · x_t``, accumulated in float32 and rounded to y's dtype once by `reference`; the
+        other backends round y after each of the two, and may round what they scatter before they add it. Rows outside
+        every segment keep their value (a −0 may become a +0), as do the outputs no index names where a row has
+        RowSparse only; a target that no segment touches returns at once.
+
+        Args:
+            target: index into the plan's target shapes.
+            y_TO: [T, O], contiguous, the arena's dtype and device; updated in place. Holds the base product already.
+            x_TI: [T, I], contiguous, the same dtype and device.
+
+        Note:
+            The indices of an operand must be distinct and within the width they choose from: a backend neither checks
+            nor clamps them, and adds without atomics. Operands must be finite. Whoever fills the arena refuses the
+            rest. Rows of x and y need not be finite: what they hold stays in their own row.
+            Operands and index lists must stay where they are, and as they are, while the plan is in use: a backend may
+            read them at each call or keep what it read at a target's first.
+        """

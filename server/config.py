@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from motet.adapters.spec import Declared
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -33,13 +35,19 @@ class ServeConfig:
     device: str = _option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8000, "Port to listen on.")
-    adapter: tuple[str, ...] = _option((), "NAME=PATH of an adapter to load at the start; repeatable.")
+    adapter: tuple[str, ...] = _option(
+        (), "NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base] of an adapter to load at the start; repeatable."
+    )
     adapter_root: tuple[str, ...] = _option((), "Folder below which adapters may be loaded at run time; repeatable.")
     api_key_file: str | None = _option(None, "File with one inference key per line; without keys inference is open.")
     admin_key_file: str | None = _option(
         None, "File with one admin key per line; without one administration is closed."
     )
     adapter_memory: str = _option("auto", "Bytes for resident adapters, such as 2GiB.")
+    adapter_cache: str = _option(
+        "auto", "Folder that keeps lowered adapters, or off; auto is motet/lowered in the user's cache."
+    )
+    adapter_cache_size: str = _option("10GiB", "Bytes that folder may take, such as 2GiB.")
     kv_memory: str = _option("auto", "Bytes for keys and values, such as 2GiB.")
     block_size: int = _option(16, "Positions per cache block.")
     max_batch_rows: int | None = _option(None, "Most rows (tokens) of all requests in one step.")
@@ -63,16 +71,28 @@ def parse_bytes(option: str, text: str) -> int | None:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def parse_adapter(text: str) -> tuple[str, Path]:
-    """Name and folder from NAME=PATH.
+def parse_adapter(text: str) -> tuple[str, Path, Declared]:
+    """Name, folder and declarations from NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base].
 
     Raises:
-        OptionError: there is no name or no path.
+        OptionError: there is no name or no path, or a part that is none of these.
     """
-    name, equals, path = text.partition("=")
+    name, equals, rest = text.partition("=")
+    path, *parts = rest.split(",")
     if not (name and equals and path):
         raise OptionError(f"--adapter {text!r} is not NAME=PATH; write for example sql=adapters/wikisql")
-    return name, Path(path).expanduser()
+    given: dict[str, str] = {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        possible = part == "trained-on-base" or (key in ("initial", "residual") and value)
+        if not possible or key in given:
+            raise OptionError(
+                f"--adapter {text!r}: {part!r} is none of initial=DIR, residual=DIR and trained-on-base, each at most "
+                "once; a comma cannot be part of a path"
+            )
+        given[key] = value
+    initial, residual = (Path(given[key]).expanduser() if key in given else None for key in ("initial", "residual"))
+    return name, Path(path).expanduser(), Declared(initial, residual, "trained-on-base" in given)
 
 
 def read_keys(option: str, path: str | None, variable: str) -> tuple[str, ...]:

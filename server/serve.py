@@ -1,4 +1,4 @@
-"""Puts the server together and runs it: base model, adapters, engine, HTTP, in that order.
+"""Puts the server together and runs it: base model, engine, adapters, HTTP, in that order.
 
 Must not know: the command line. Reports each stage to the caller, so that people see where a start stands.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import signal
-import socket
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +18,18 @@ import torch
 import uvicorn
 
 from motet.adapters.arena import Arena
+from motet.adapters.cache import LoweredCache
+from motet.adapters.effects import Lowered
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Lease, Registry
 from motet.adapters.residency import Residency
+from motet.adapters.spec import Declared
 from motet.kernels.dispatch import default_backend
 from motet.server.api.app import create_app
+from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import BaseInfo, Keys, Service
 from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
+from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
@@ -47,26 +51,32 @@ CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
 """Default shares of the free device memory after the base model is loaded."""
 DEFAULT_ROWS = {"cpu": 512, "cuda": 4096}
 DEFAULT_GENERATIONS = {"cpu": 64, "cuda": 256}
-DRAIN_POLL_S = 0.05
+CACHE_BYTES = 10 << 30
+"""Default of --adapter-cache-size."""
 LAST_WORDS_S = 3
 """Time for answers that are complete to reach their clients."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembled:
-    """Everything but HTTP, ready to run.
+    """What a service is made of, before there is a loop to run it in.
 
     Attributes:
+        adapters: to load once the engine runs.
         threads: processors that a step may compute on.
+        report: takes the stages that are still to come.
     """
 
     loaded: LoadedModel
-    registry: Registry
+    residency: Residency
+    cache: LoweredCache | None
+    adapters: tuple[tuple[str, Path, Declared], ...]
     runner: ModelRunner
     blocks: int
     limits: StepLimits
     keys: Keys
     threads: int
+    report: Report
 
 
 def choose_device(asked: str) -> torch.device:
@@ -83,25 +93,31 @@ def choose_device(asked: str) -> torch.device:
 def load_base(config: ServeConfig, report: Report) -> LoadedModel:
     """The base model the options name, or the default one."""
     device = choose_device(config.device)
-    if config.model is None:
-        path, name = str(ensure_default_model()), config.name or DEFAULT_MODEL_NAME
-    else:
-        path = config.model
-        name = config.name or Path(path).name
+    path = base_path(config.model)
+    name = config.name or (DEFAULT_MODEL_NAME if config.model is None else Path(path).name)
     report(f"loading {name}")
     return load(path, name, config.dtype, device)
 
 
-def new_registry(loaded: LoadedModel, budget_bytes: int) -> Registry:
-    """An empty registry with its arena."""
+def base_path(model: str | None) -> str:
+    """Directory or hub id of the base model; the default model is obtained first where it is missing."""
+    return str(ensure_default_model()) if model is None else model
+
+
+def new_residency(loaded: LoadedModel, budget_bytes: int) -> Residency:
+    """An empty arena with its tables."""
     targets = loaded.base.targets
     widths = {width for target in targets.values() for width in (target.in_width, target.out_width)}
-    arena = Arena(widths, budget_bytes, loaded.dtype, loaded.device)
-    return Registry(loaded.base, Residency(targets, arena))
+    return Residency(targets, Arena(widths, budget_bytes, loaded.dtype, loaded.device))
+
+
+def new_registry(loaded: LoadedModel, budget_bytes: int) -> Registry:
+    """An empty registry with its arena, without cache and golden checks."""
+    return Registry(loaded.base, new_residency(loaded, budget_bytes))
 
 
 def assemble(config: ServeConfig, report: Report) -> Assembled:
-    """Load the base and the adapters and allocate the cache.
+    """Load the base and allocate the memory; the adapters follow once the engine runs.
 
     Raises:
         OptionError, ModelError, AdapterError: something the options name cannot be served.
@@ -110,25 +126,34 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
         admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
     )
-    adapters = [parse_adapter(text) for text in config.adapter]
+    adapters = tuple(parse_adapter(text) for text in config.adapter)
+    cache = _adapter_cache(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
     loaded = load_base(config, report)
     kind = loaded.device.type
-    registry = new_registry(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
+    residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
     block_bytes = KvCache.block_bytes(loaded.layers, config.block_size, loaded.dtype)
     blocks = _budget(config.kv_memory, "kv-memory", loaded.device) // block_bytes
     loaded.allocate_cache(blocks, config.block_size)
-    for name, folder in adapters:
-        report(f"loading adapter {name}")
-        registry.load(name, folder)
-    effects = EffectsBuilder(registry.residency, list(loaded.base.targets.values()), default_backend(loaded.device))
+    effects = EffectsBuilder(residency, list(loaded.base.targets.values()), default_backend(loaded.device))
     runner = ModelRunner(loaded, effects)
     limits = StepLimits(
         rows=config.max_batch_rows or DEFAULT_ROWS[kind],
         generations=config.max_generations or DEFAULT_GENERATIONS[kind],
     )
-    return Assembled(loaded, registry, runner, blocks, limits, keys, threads)
+    return Assembled(loaded, residency, cache, adapters, runner, blocks, limits, keys, threads, report)
+
+
+def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
+    size = parse_bytes("adapter-cache-size", config.adapter_cache_size)
+    if config.adapter_cache == "off":
+        return None
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is invalid and ignored.
+    user = configured if os.path.isabs(configured) else os.path.expanduser("~/.cache")
+    folder = Path(user) / "motet" / "lowered" if config.adapter_cache == "auto" else Path(config.adapter_cache)
+    return LoweredCache(folder.expanduser(), CACHE_BYTES if size is None else size)
 
 
 def _budget(text: str, option: str, device: torch.device) -> int:
@@ -171,28 +196,52 @@ def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) ->
 
 
 async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
-    service = _service(config, assembled)
+    async with opened(config, assembled) as service:
+        for name, folder, declared in assembled.adapters:
+            assembled.report(f"loading adapter {name}")
+            await asyncio.to_thread(service.registry.load, name, folder, declared)
+        settings = uvicorn.Config(
+            create_app(service),
+            config.host,
+            config.port,
+            log_level=config.log_level,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=LAST_WORDS_S,
+        )
+        await DrainingServer(settings, service, config.drain_timeout, ready).serve()
+
+
+@contextlib.asynccontextmanager
+async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = True) -> AsyncIterator[Service]:
+    """The service with its engine running and no adapter loaded, until the block is left.
+
+    Args:
+        golden: whether golden log-probabilities are checked before an adapter is published.
+    """
+    service = _service(config, assembled, golden)
     own_the_processors(service.engine)
-    settings = uvicorn.Config(
-        create_app(service),
-        config.host,
-        config.port,
-        log_level=config.log_level,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=LAST_WORDS_S,
-    )
     try:
-        await _DrainingServer(settings, service, config.drain_timeout, ready).serve()
+        yield service
     finally:
         service.engine.stop()
 
 
-def _service(config: ServeConfig, assembled: Assembled) -> Service:
-    """Join engine and HTTP; must run in the event loop that will serve."""
-    loaded, registry = assembled.loaded, assembled.registry
-    streams = Streams(asyncio.get_running_loop())
+def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service:
+    """Join engine and adapters; must run in the event loop that will serve."""
+    loaded, residency, loop = assembled.loaded, assembled.residency, asyncio.get_running_loop()
+    streams = Streams(loop)
     scheduler = Scheduler(BlockPool(assembled.blocks, config.block_size), assembled.limits)
+    base = BaseInfo(
+        name=loaded.name,
+        fingerprint=loaded.base.fingerprint,
+        max_length=min(loaded.max_length, assembled.blocks * config.block_size),
+        vocabulary=loaded.vocabulary,
+        end_tokens=loaded.end_tokens,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        created_s=int(time.time()),
+    )
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
@@ -200,18 +249,10 @@ def _service(config: ServeConfig, assembled: Assembled) -> Service:
 
     prepare = functools.partial(_prepare_steps, assembled.runner, assembled.threads)
     engine = Engine(scheduler, assembled.runner, streams.publish, end_lease, prepare)
-    residency = registry.residency
+    check = golden_check(Scorer(base, engine, streams), loop) if golden else None
+    registry = Registry(loaded.base, residency, assembled.cache, check)
     return Service(
-        base=BaseInfo(
-            name=loaded.name,
-            fingerprint=loaded.base.fingerprint,
-            max_length=min(loaded.max_length, assembled.blocks * config.block_size),
-            vocabulary=loaded.vocabulary,
-            end_tokens=loaded.end_tokens,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=str(loaded.device),
-            created_s=int(time.time()),
-        ),
+        base=base,
         tokenizer=loaded.tokenizer,
         registry=registry,
         engine=engine,
@@ -227,55 +268,13 @@ def _service(config: ServeConfig, assembled: Assembled) -> Service:
     )
 
 
-class _DrainingServer(uvicorn.Server):
-    """Answers what it has begun before it goes.
-
-    The first signal closes the door (/ready and new requests answer 503) and lets running requests finish within the
-    drain timeout; the second ends the process at once.
-    """
-
-    def __init__(
-        self, settings: uvicorn.Config, service: Service, drain_timeout_s: float, ready: Callable[[], None]
-    ) -> None:
-        super().__init__(settings)
-        self._service, self._drain_timeout_s, self._ready = service, drain_timeout_s, ready
-        self._drain: asyncio.Task[None] | None = None
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handle signals in the loop, and do not raise them again afterwards: a drained exit is a good one."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
-        await super().startup(sockets)
-        if self.started:
-            self._service.ready = True
-            self._ready()
-
-    def _on_signal(self) -> None:
-        if self._drain is not None:
-            self.should_exit = self.force_exit = True
-            return
-        self._service.draining = True
-        self._drain = asyncio.create_task(self._finish_running())
-
-    async def _finish_running(self) -> None:
-        deadline_s = time.monotonic() + self._drain_timeout_s
-        while len(self._service.streams) and time.monotonic() < deadline_s:
-            await asyncio.sleep(DRAIN_POLL_S)
-        self.should_exit = True
-
-
-def inspect(config: ServeConfig, folder: Path, report: Report) -> Receipt:
-    """The receipt of an adapter on the base model, without serving it.
+def lower_alone(
+    config: ServeConfig, folder: Path, declared: Declared, report: Report
+) -> tuple[LoadedModel, Lowered, Receipt]:
+    """Lower an adapter for the base model that the options name, without serving it.
 
     Raises:
         ModelError, AdapterError: the base or the adapter cannot be served.
     """
     loaded = load_base(config, report)
-    registry = new_registry(loaded, budget_bytes=0)
-    return registry.examine(folder)[1]
+    return loaded, *Registry(loaded.base, new_residency(loaded, budget_bytes=0)).examine(folder, declared)

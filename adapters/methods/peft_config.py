@@ -10,22 +10,25 @@ Source: fields of peft 0.21 `LoraConfig` and `PeftConfig`; matching rules as its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from motet.adapters.base import BaseModel
 from motet.adapters.errors import ConfigError, UnsupportedError
-
-Value = TypeVar("Value")
-
-LONGEST_PATTERN = 2_000
-"""Characters of a regular expression that is accepted from a config."""
-
-WHOLE_PATH = "{}"
-PATH_ENDING = r"(.*\.)?({})$"
-NUMBERED_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
-"""What PEFT puts around a pattern before it matches module paths with it."""
+from motet.adapters.methods.config_values import (
+    NUMBERED_LAYER,
+    PATH_ENDING,
+    Value,
+    boolean,
+    layer_numbers,
+    modules,
+    number,
+    one_of,
+    pattern_table,
+    patterns,
+    positive_int,
+)
 
 ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 """Where PEFT finds the layer's number when no pattern says."""
@@ -75,6 +78,7 @@ BASE_CHANGING_INITS: Mapping[str, str] = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
+"""Stems of `init_lora_weights` values that take something out of the base model before training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,30 +152,40 @@ class PeftLoraConfig:
         return any(module == ending or module.endswith(f".{ending}") for ending in rule)
 
 
-def parse(config: Mapping[str, Any]) -> PeftLoraConfig:
+def init_stem(config: Mapping[str, Any]) -> str | None:
+    """The base-changing initialisation that the configuration names, "pissa" for "pissa_niter_4"; else None."""
+    stem = str(config.get("init_lora_weights")).split("_niter")[0]
+    return stem if stem in BASE_CHANGING_INITS else None
+
+
+def parse(config: Mapping[str, Any], honoured: frozenset[str] = frozenset(), stem: str | None = None) -> PeftLoraConfig:
     """Check every key of an adapter_config.json of the LoRA family.
+
+    Args:
+        honoured: further keys, which the calling method checks itself.
+        stem: the base-changing initialisation that the calling method undoes.
 
     Raises:
         ConfigError: a key is unknown, missing or impossible.
         UnsupportedError: a key asks for something that cannot be served exactly.
     """
-    _check_keys(config)
-    _check_init(config.get("init_lora_weights", True))
+    _check_keys(config, honoured)
+    if stem is None or init_stem(config) != stem:
+        _check_init(config.get("init_lora_weights", True))
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    layers = config.get("layers_to_transform")
     parsed = PeftLoraConfig(
-        r=_positive_int("r", rank),
-        lora_alpha=_number("lora_alpha", alpha),
-        use_rslora=_boolean(config, "use_rslora"),
-        use_dora=_boolean(config, "use_dora"),
-        bias=_one_of("bias", config.get("bias", "none"), ("none", "lora_only", "all")),
-        lora_bias=_boolean(config, "lora_bias"),
-        target_modules=_modules("target_modules", config.get("target_modules")),
-        exclude_modules=_modules("exclude_modules", config.get("exclude_modules") or ()),
-        layers_to_transform=_layers(layers),
-        layers_pattern=_patterns("layers_pattern", config.get("layers_pattern") or ()),
-        rank_pattern=_pattern_table("rank_pattern", config.get("rank_pattern") or {}, _positive_int),
-        alpha_pattern=_pattern_table("alpha_pattern", config.get("alpha_pattern") or {}, _number),
+        r=positive_int("r", rank),
+        lora_alpha=number("lora_alpha", alpha),
+        use_rslora=boolean(config, "use_rslora"),
+        use_dora=boolean(config, "use_dora"),
+        bias=one_of("bias", config.get("bias", "none"), ("none", "lora_only", "all")),
+        lora_bias=boolean(config, "lora_bias"),
+        target_modules=modules("target_modules", config.get("target_modules")),
+        exclude_modules=modules("exclude_modules", config.get("exclude_modules") or ()),
+        layers_to_transform=layer_numbers(config.get("layers_to_transform")),
+        layers_pattern=patterns("layers_pattern", config.get("layers_pattern") or ()),
+        rank_pattern=pattern_table("rank_pattern", config.get("rank_pattern") or {}, positive_int),
+        alpha_pattern=pattern_table("alpha_pattern", config.get("alpha_pattern") or {}, number),
     )
     if not parsed.target_modules:
         raise ConfigError("target_modules is empty: the adapter would change nothing; save it again with PEFT")
@@ -184,11 +198,11 @@ def parse(config: Mapping[str, Any]) -> PeftLoraConfig:
     return parsed
 
 
-def _check_keys(config: Mapping[str, Any]) -> None:
+def _check_keys(config: Mapping[str, Any], honoured: frozenset[str]) -> None:
     if config.get("peft_type") != "LORA":
         raise UnsupportedError(f"peft_type {config.get('peft_type')!r} is not served; LORA (with its variants) is")
     for key, value in config.items():
-        if key in SERVED or key in INERT:
+        if key in SERVED or key in INERT or key in honoured:
             continue
         if key not in NEUTRAL:
             raise ConfigError(
@@ -204,85 +218,14 @@ def _check_keys(config: Mapping[str, Any]) -> None:
 def _check_init(init: object) -> None:
     if any(init is plain or (isinstance(plain, str) and init == plain) for plain in PLAIN_INITS):
         return
-    stem = str(init).split("_niter")[0]
-    if stem in BASE_CHANGING_INITS:
+    if (stem := init_stem({"init_lora_weights": init})) is not None:
         raise UnsupportedError(
             f"init_lora_weights={init!r}: {BASE_CHANGING_INITS[stem]} trains on a changed base model, so this pair is "
-            "not the whole change; convert the adapter to plain LoRA with PEFT's "
-            "path_initial_model_for_weight_conversion and load that"
+            "not the whole change, and the rest cannot be found here; convert the adapter to plain LoRA where it was "
+            "trained, and load that"
         )
     raise ConfigError(f"init_lora_weights={init!r} is unknown; whether it changes the base model cannot be told")
 
 
 def _first_match(table: Sequence[tuple[str, Value]], module: str, default: Value) -> Value:
     return next((value for key, value in table if re.match(PATH_ENDING.format(key), module)), default)
-
-
-def _boolean(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key) or False
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r} is not true or false")
-    return value
-
-
-def _positive_int(key: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}={value!r} is not a whole number of at least 1")
-    return value
-
-
-def _number(key: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e9:
-        raise ConfigError(f"{key}={value!r} is not a finite number")
-    return float(value)
-
-
-def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{key}={value!r} is none of {', '.join(allowed)}")
-    return value
-
-
-def _modules(key: str, value: object) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        return _regular_expression(key, value, WHOLE_PATH)
-    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    raise ConfigError(f"{key}={value!r} is neither a regular expression nor a list of module names")
-
-
-def _patterns(key: str, value: object) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else value
-    if not isinstance(patterns, list | tuple):
-        raise ConfigError(f"{key}={value!r} is not a list of regular expressions")
-    return tuple(_regular_expression(key, pattern, NUMBERED_LAYER) for pattern in patterns)
-
-
-def _layers(value: object) -> frozenset[int] | None:
-    if value is None or value == []:
-        return None
-    layers = [value] if isinstance(value, int) else value
-    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        raise ConfigError(f"layers_to_transform={value!r} is not a list of layer numbers")
-    return frozenset(layers)
-
-
-def _pattern_table(key: str, value: object, check: Callable[[str, object], Value]) -> tuple[tuple[str, Value], ...]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key}={value!r} is not an object of pattern: value")
-    return tuple(
-        (_regular_expression(key, pattern, PATH_ENDING), check(f"{key}[{pattern!r}]", item))
-        for pattern, item in value.items()
-    )
-
-
-def _regular_expression(key: str, value: object, around: str) -> str:
-    """The pattern itself, once it compiles alone and in its place."""
-    if not isinstance(value, str) or len(value) > LONGEST_PATTERN:
-        raise ConfigError(f"{key} has a pattern that is not a string of at most {LONGEST_PATTERN} characters")
-    try:
-        re.compile(value)
-        re.compile(around.format(value))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{key} has an invalid regular expression {value!r}: {error}") from error
-    return value

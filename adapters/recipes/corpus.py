@@ -7,6 +7,7 @@ Shapes: B rows of a batch, T positions.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class Corpus:
         columns = zip(*(asked[:-1] for asked, _ in rows), strict=False)
         prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
         return cls(prefix, [(asked[len(prefix) :], told) for asked, told in rows])
+
+    def digest(self) -> str:
+        """SHA-256 of all token ids and where each row ends."""
+        return hashlib.sha256(repr((self.prefix, self.rows)).encode()).hexdigest()
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of these numbers."""

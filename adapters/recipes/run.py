@@ -129,15 +129,16 @@ class Run:
             raise OutputError(f"--out {out.name!r} holds an adapter already; name another folder, or remove it")
         if self._unfinished.exists() and not resume:
             raise OutputError(f"--out {out.name!r} holds an unfinished run; go on with --resume, or remove the folder")
-        self._settings = {**asdict(order), "base": base.digest(), "torch": torch.__version__}
+        digest = base.digest()
         self.trainee, self.loop = begin(order, base, data)
+        self._settings = {**asdict(order), "base": digest, "data": self.loop.corpus.digest()}
         if resume:
             self.loop.restore(checkpoint.take_up(self._unfinished, self._settings))
 
     def __iter__(self) -> Iterator[float]:
         self._unfinished.mkdir(parents=True, exist_ok=True)
         for loss in self.loop:
-            if self.loop.done % self._keep_every == 0 or self.loop.done == self._order.steps:
+            if self.loop.done % self._keep_every == 0:
                 checkpoint.keep(self._unfinished, self.loop.state(), self._settings)
             yield loss
         self.trainee.round_as_saved(getattr(torch, RECIPES[self._order.method].saved_dtype))

@@ -16,10 +16,9 @@ import torch
 import triton
 from motet.kernels.segments import Segments, TargetShape
 from motet.kernels.triton.low_rank import expand, shrink
+from motet.kernels.triton.tiles import row_tiles, tile_rows
 
-# 16 is the least tl.dot accepts. The others follow the tiles of vLLM and SGLang, read and not yet tuned here.
-_SMALL_TILE = 16
-_LARGE_TILE = 64
+# These follow the tiles of vLLM and SGLang, read and not yet tuned here.
 _LARGEST_RANK_BLOCK = 64
 _IN_BLOCK = 64
 _OUT_BLOCK = 128
@@ -41,12 +40,10 @@ class TritonPlan:
         self._shapes = shapes
         self._largest_rank: list[int] = segments.rank.max(axis=1, initial=0).tolist()
         self._n_segments = len(segments)
-        # Rows per live segment decide the tile: a large one wastes most of itself on decode.
-        mean_rows = rows_S[live_S].mean() if live_S.any() else 0
-        self._block_t = _LARGE_TILE if mean_rows >= _LARGE_TILE // 2 else _SMALL_TILE
+        self._block_t = tile_rows(rows_S[live_S])
         self._block_r = min(_LARGEST_RANK_BLOCK, max(16, triton.next_power_of_2(max(self._largest_rank, default=0))))
 
-        tiles_K4 = _tiles(segments, np.flatnonzero(live_S), self._block_t)
+        tiles_K4 = row_tiles(segments.row_start, segments.row_stop, np.flatnonzero(live_S), self._block_t)
         operands_CS4, n_intermediate = _operands(segments, rows_S, arena_NU.shape[1])
         self._n_tiles = len(tiles_K4)
         tables = torch.from_numpy(np.concatenate([tiles_K4, operands_CS4.reshape(-1, 4)]))
@@ -100,21 +97,6 @@ class TritonPlan:
             enable_fp_fusion=True,
             num_stages=1,  # vLLM's expand does the same on SM90: ptxas before 13.3 miscompiles the pipelined loop
         )
-
-
-def _tiles(segments: Segments, live: npt.NDArray[np.intp], block_t: int) -> npt.NDArray[np.int64]:
-    """[K, 4] the row tiles of the live segments; see `low_rank`."""
-    start, stop = segments.row_start[live].astype(np.int64), segments.row_stop[live].astype(np.int64)
-    n_tiles = -(-(stop - start) // block_t)
-    begin = np.cumsum(n_tiles) - n_tiles
-    row_in_segment = (np.arange(n_tiles.sum()) - np.repeat(begin, n_tiles)) * block_t
-    columns = (
-        np.repeat(live, n_tiles),
-        np.repeat(start, n_tiles) + row_in_segment,
-        np.repeat(stop, n_tiles),
-        row_in_segment,
-    )
-    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def _operands(segments: Segments, rows_S: npt.NDArray[np.int32], unit: int) -> tuple[npt.NDArray[np.int64], int]:

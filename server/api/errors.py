@@ -61,6 +61,8 @@ _ADAPTER_STATUS: tuple[tuple[type[adapter_errors.AdapterError], int, str], ...] 
     (adapter_errors.AdapterNotFoundError, 404, "model_not_found"),
     (adapter_errors.SourceNotFoundError, 404, "adapter_source_not_found"),
     (adapter_errors.UnsafePathError, 403, "adapter_path_forbidden"),
+    (adapter_errors.SourceChangedError, 409, "adapter_source_changed"),
+    (adapter_errors.GoldenError, 400, "adapter_golden_mismatch"),
     (adapter_errors.AdapterExistsError, 400, "adapter_exists"),
     (adapter_errors.ArenaFullError, 507, "adapter_memory_full"),
     (adapter_errors.AdapterError, 400, "adapter_refused"),

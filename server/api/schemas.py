@@ -117,11 +117,14 @@ class ChatBody(GenerationBody):
 
 
 class LoadAdapterBody(Body):
-    """POST /v1/load_lora_adapter."""
+    """POST /v1/load_lora_adapter; the last three declare what the folder does not say."""
 
     lora_name: str = Field(min_length=1)
     lora_path: str = Field(min_length=1)
     load_inplace: bool = False
+    initial_path: str | None = Field(default=None, min_length=1)
+    residual_path: str | None = Field(default=None, min_length=1)
+    trained_on_base: bool = False
 
 
 class UnloadAdapterBody(Body):

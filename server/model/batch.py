@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from motet.adapters.base import Target
-from motet.adapters.residency import Residency
+from motet.adapters.residency import Addresses, Int32, Residency
 from motet.adapters.version import Slot
-from motet.kernels.dispatch import Backend, low_rank_plan
+from motet.kernels.dispatch import Backend, low_rank_plan, sparse_plan
 from motet.kernels.epilogue import RowVectorPlan, RowVectors
+from motet.kernels.ops import SparsePlan
 from motet.kernels.segments import Segments, TargetShape
+from motet.kernels.sparse import SparseSegments
 from motet.server.engine.types import Span
 from motet.server.model.inject import StepEffects
 
@@ -59,13 +61,23 @@ class EffectsBuilder:
         row_stop = np.array([run.stop for run in runs], dtype=np.int32)
         segments = Segments(row_start, row_stop, addresses.a_first, addresses.b_first, addresses.rank)
         out_widths = [shape.out_width for shape in self._shapes]
-        scales = RowVectors(row_start, row_stop, addresses.scale_first, addresses.has_scale)
-        biases = RowVectors(row_start, row_stop, addresses.bias_first, addresses.has_bias)
+        scales = RowVectors(row_start, row_stop, addresses.scale_first, addresses.has_scale != 0)
+        biases = RowVectors(row_start, row_stop, addresses.bias_first, addresses.has_bias != 0)
         return StepEffects(
             low_rank=low_rank_plan(self._backend, arena_NU, self._shapes, segments, rows),
+            sparse=self._sparse(addresses, row_start, row_stop, rows),
             scales=RowVectorPlan(arena_NU, out_widths, scales, rows),
             biases=RowVectorPlan(arena_NU, out_widths, biases, rows),
         )
+
+    def _sparse(self, addresses: Addresses, row_start: Int32, row_stop: Int32, n_rows: int) -> SparsePlan | None:
+        if not addresses.columns.any() and not addresses.rows.any():
+            return None
+        columns = SparseSegments(
+            row_start, row_stop, addresses.columns_first, addresses.columns_index, addresses.columns
+        )
+        rows = SparseSegments(row_start, row_stop, addresses.rows_first, addresses.rows_index, addresses.rows)
+        return sparse_plan(self._backend, self._residency.arena.units_NU, self._shapes, columns, rows, n_rows)
 
 
 def _runs(spans: Sequence[Span]) -> tuple[list[Run], int]:

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from motet.kernels.epilogue import RowVectorPlan
-from motet.kernels.ops import LowRankPlan
+from motet.kernels.ops import LowRankPlan, SparsePlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepEffects:
-    """What the adapters of one step do, ready to apply to any target."""
+    """What the adapters of one step do, ready to apply to any target; sparse is None where no adapter is."""
 
     low_rank: LowRankPlan
+    sparse: SparsePlan | None
     scales: RowVectorPlan
     biases: RowVectorPlan
 
@@ -37,8 +38,8 @@ class ActiveStep:
 class AdaptedLinear(nn.Module):
     """A base linear whose rows may each belong to another adapter.
 
-    Semantics: ``y = k ⊙ (W x + B (g ⊙ A x)) + c + b`` with k, A, B, g, b of each row's own adapter; one product with
-    W for all rows.
+    Semantics: ``y = k ⊙ (W x + B (g ⊙ A x) + V x[idx]) + c + b``, and rows of V x added to some outputs, with the
+    operands of each row's own adapter; one product with W for all rows.
     """
 
     def __init__(self, linear: nn.Linear, target: int, step: ActiveStep) -> None:
@@ -58,6 +59,8 @@ class AdaptedLinear(nn.Module):
         scaled = effects.scales.touches(self._target)
         y_TO = F.linear(x_TI, self.weight, None if scaled else self.bias)
         effects.low_rank.add_(self._target, y_TO, x_TI)
+        if effects.sparse is not None and effects.sparse.touches(self._target):
+            effects.sparse.add_(self._target, y_TO, x_TI)
         if scaled:
             effects.scales.scale_(self._target, y_TO)
             if self.bias is not None:

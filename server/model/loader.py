@@ -146,17 +146,29 @@ def _base_model(name: str, digest: str, model: nn.Module, adapted: Mapping[str, 
     }
     others = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
 
-    def weight(path: str) -> torch.Tensor:
-        return adapted[path].weight.detach().to("cpu", torch.float32)
+    parameters = dict(model.named_parameters())
 
-    def bias(path: str) -> torch.Tensor:
-        return adapted[path].bias.detach().to("cpu", torch.float32)
+    def parameter(path: str) -> torch.Tensor:
+        return parameters[path].detach().to("cpu", torch.float32)
+
+    def weight(path: str) -> torch.Tensor:
+        return parameter(f"{path}.weight")
 
     @functools.cache
     def weight_norm(path: str) -> float:
         return float(torch.linalg.vector_norm(weight(path)))
 
-    return BaseModel(name, digest, targets, frozenset(others - targets.keys()), weight, bias, weight_norm)
+    return BaseModel(
+        name=name,
+        fingerprint=digest,
+        targets=targets,
+        other_modules=frozenset(others - targets.keys()),
+        weight=weight,
+        bias=lambda path: parameter(f"{path}.bias"),
+        weight_norm=weight_norm,
+        parameter_names=frozenset(parameters),
+        parameter=parameter,
+    )
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

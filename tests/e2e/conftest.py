@@ -11,6 +11,8 @@ from peft import LoraConfig
 
 from motet.server.model.default_model import ensure_default_model
 from tests.e2e.process import ADMIN_KEY, Server
+from tests.support.layout import Layout
+from tests.support.layouts import make
 from tests.support.models import ALL_LINEARS, load_dense, save_peft, tiny_llama
 from tests.support.tokenizer import byte_tokenizer
 
@@ -77,6 +79,37 @@ def tiny_server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny
     log = tmp_path_factory.mktemp("tiny-server") / "log"
     arguments = ["--model", str(tiny_model), "--name", "tiny", "--dtype", "float32", "--kv-memory", "64MiB"]
     yield from _running(Server([*arguments, "--adapter", f"tuned={tiny_adapter}"], log))
+
+
+@pytest.fixture(scope="session")
+def residual_layout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_root: Path) -> Layout:
+    """An adapter of the random Llama that was trained on a residual model, and says so nowhere in its folder."""
+    model = load_dense(tiny_model, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's matter
+        return make("pissa-residual", model, tiny_root / "on-residual", seed=11)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter root of the administered server."""
+    return tmp_path_factory.mktemp("tiny-root")
+
+
+@pytest.fixture(scope="session")
+def administered(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    tiny_adapter: Path,
+    tiny_root: Path,
+    residual_layout: Layout,
+) -> Iterator[Server]:
+    """The random Llama, "tiny", with "tuned" and, by declaration, "on-residual"; adapters may come and go."""
+    declared = f"on-residual={residual_layout.folder},residual={residual_layout.declared.residual}"
+    arguments = ["--model", str(tiny_model), "--name", "tiny", "--dtype", "float32", "--kv-memory", "64MiB"]
+    arguments += ["--adapter", f"tuned={tiny_adapter}", "--adapter", declared, "--adapter-root", str(tiny_root)]
+    log = tmp_path_factory.mktemp("administered") / "log"
+    yield from _running(Server(arguments, log, MOTET_ADMIN_KEY=ADMIN_KEY))
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.http = httpx.Client(base_url=self.url, timeout=120)
-        command = [str(Path(sys.executable).with_name("motet")), "serve", "--port", str(self.port), *arguments]
+        own = ["--port", str(self.port), "--adapter-cache", str(log.with_name("lowered"))]
+        command = [str(Path(sys.executable).with_name("motet")), "serve", *own, *arguments]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(**variables)
@@ -94,6 +95,12 @@ class Server:
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
+
+    def prompt_logprobs(self, model: str, prompt: list[int]) -> list[float]:
+        """Of the prompt's tokens from the second on."""
+        answer = self.complete(model=model, prompt=prompt, max_tokens=0, echo=True, logprobs=0, temperature=0)
+        values: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+        return values
 
     def load(self, name: str, folder: Path | str, **more: Any) -> httpx.Response:
         return self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder), **more}, ADMIN_KEY)

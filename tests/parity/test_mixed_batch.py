@@ -1,4 +1,4 @@
-"""One mixed batch of base and every adapter form gives each request what PEFT and generate() give it alone."""
+"""One mixed batch of base and every layout gives each request what its oracle and generate() give it alone."""
 
 from __future__ import annotations
 
@@ -20,22 +20,14 @@ from tests.support.tolerances import TOLERANCES
 def _requests(served: Served, seed: int) -> list[tuple[list[int], str | None]]:
     """Every adapter once and the base twice, prompts of 1 to 40 tokens, in random order."""
     chance = random.Random(seed)
-    adapters = [None, None, *served.folders]
+    adapters = [None, None, *served.layouts]
     chance.shuffle(adapters)
     return [([chance.randrange(3, VOCABULARY) for _ in range(chance.randint(1, 40))], name) for name in adapters]
 
 
-def test_adapters_change_the_answer(served: Served) -> None:
-    """The comparisons below mean something: every adapter moves the logits by far more than the tolerance."""
-    prompt = list(range(3, 15))
-    base, *adapted = served.harness.logits([(prompt, None)] + [(prompt, name) for name in served.folders])
-    for name, logits in zip(served.folders, adapted, strict=True):
-        assert (logits - base).abs().max() > 1e-2, name
-
-
-def test_logits_equal_peft_in_one_mixed_batch(served: Served) -> None:
+def test_logits_are_the_oracles_in_one_mixed_batch(served: Served) -> None:
     requests = _requests(served, seed=1)
-    assert len({name for _, name in requests}) >= 9
+    assert len({name for _, name in requests}) > 40
     actual = served.harness.logits(requests)
     expected = torch.stack([served.expected_logits(prompt, name) for prompt, name in requests])
     TOLERANCES["logits", torch.float32].assert_close(actual, expected)
@@ -76,7 +68,7 @@ def test_decode_logits_equal_a_full_forward(served: Served) -> None:
 def test_prefix_cache_is_not_shared_between_adapters(served: Served) -> None:
     """The same prompt through every adapter, twice: the second time from the cache, with the same answers."""
     prompt = [(11 * i) % VOCABULARY for i in range(3, 40)]
-    requests = [(prompt, name) for name in [None, *served.folders]]
+    requests = [(prompt, name) for name in [None, *served.layouts]]
     first = served.harness.run(requests)
     second = served.harness.run(requests)
     assert all(result.events[0].cached_tokens >= len(prompt) - 4 for result in second)
@@ -119,17 +111,17 @@ def test_reloading_a_name_changes_its_answers_at_once(served: Served) -> None:
     """A name that moves to other content: no stale prefix cache, no stale step effects."""
     prompt = [(7 * i) % VOCABULARY for i in range(3, 30)]
     harness = served.harness
-    harness.load("moving", served.folders["lora-all"])
+    served.load("moving", "lora-all")
     before = harness.logits([(prompt, "moving")])[0]
-    harness.registry.load("moving", served.folders["rslora"], replace=True)
+    served.load("moving", "pissa-residual", replace=True)
     after = harness.logits([(prompt, "moving")])[0]
     harness.registry.unload("moving")
-    harness.load("moving", served.folders["patterns"])  # into the slot that was just freed
+    served.load("moving", "patterns")  # into the slot that was just freed
     reloaded = harness.logits([(prompt, "moving")])[0]
     harness.registry.unload("moving")
     tolerance = TOLERANCES["logits", torch.float32]
     tolerance.assert_close(before, served.expected_logits(prompt, "lora-all"))
-    tolerance.assert_close(after, served.expected_logits(prompt, "rslora"))
+    tolerance.assert_close(after, served.expected_logits(prompt, "pissa-residual"))
     tolerance.assert_close(reloaded, served.expected_logits(prompt, "patterns"))
 
 

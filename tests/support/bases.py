@@ -21,11 +21,10 @@ def base_of(model: Any, name: str = "base") -> BaseModel:
     }
     parents = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
 
-    def weight(path: str) -> torch.Tensor:
-        return linears[path].weight.detach().float()
+    parameters = dict(model.named_parameters())
 
-    def bias(path: str) -> torch.Tensor:
-        return linears[path].bias.detach().float()
+    def parameter(path: str) -> torch.Tensor:
+        return parameters[path].detach().float()
 
     targets = {
         path: Target(index, path, linear.in_features, linear.out_features, linear.bias is not None)
@@ -36,9 +35,11 @@ def base_of(model: Any, name: str = "base") -> BaseModel:
         fingerprint="0" * 64,
         targets=targets,
         other_modules=frozenset(parents - targets.keys()),
-        weight=weight,
-        bias=bias,
-        weight_norm=lambda path: float(torch.linalg.vector_norm(weight(path))),
+        weight=lambda path: parameter(f"{path}.weight"),
+        bias=lambda path: parameter(f"{path}.bias"),
+        weight_norm=lambda path: float(torch.linalg.vector_norm(parameter(f"{path}.weight"))),
+        parameter_names=frozenset(parameters),
+        parameter=parameter,
     )
 
 
@@ -56,6 +57,8 @@ def base_of_names(targets: Iterable[str], other_modules: Iterable[str] = ()) -> 
         weight=nothing,
         bias=nothing,
         weight_norm=nothing,
+        parameter_names=frozenset(),
+        parameter=nothing,
     )
 
 

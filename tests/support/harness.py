@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from motet.adapters.registry import Lease, Registry
+from motet.adapters.spec import NOTHING_DECLARED, Declared
 from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
@@ -71,8 +72,8 @@ class Harness:
         self._results: dict[GenerationId, Generated] = {}
         self._next = 0
 
-    def load(self, name: str, folder: Path) -> None:
-        self.registry.load(name, folder)
+    def load(self, name: str, folder: Path, declared: Declared = NOTHING_DECLARED, replace: bool = False) -> None:
+        self.registry.load(name, folder, declared=declared, replace=replace)
 
     def run(
         self,

@@ -45,6 +45,10 @@ class Tolerance:
 _LOW_RANK_ROUNDINGS = 4
 _LOW_RANK_REASON = "4 u: y rounded once by either side, the rank-r intermediate before and after its gate"
 
+# Relative to |y| + |ΔW x| of either effect.
+_SPARSE_ROUNDINGS = 4
+_SPARSE_REASON = "4 u: y rounded once by the reference, twice by the other side, what is scattered once before"
+
 TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("low_rank reference", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 40 terms against float64"),
     ("low_rank reference", torch.bfloat16): Tolerance(2**-8, 1e-5, "u: y rounded once to 8 bits"),
@@ -52,6 +56,12 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("low_rank", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 40 terms in another order"),
     ("low_rank", torch.bfloat16): Tolerance(_LOW_RANK_ROUNDINGS * 2**-8, 1e-5, _LOW_RANK_REASON),
     ("low_rank", torch.float16): Tolerance(_LOW_RANK_ROUNDINGS * 2**-11, 1e-5, _LOW_RANK_REASON),
+    ("sparse reference", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 128 terms against float64"),
+    ("sparse reference", torch.bfloat16): Tolerance(2**-8, 1e-5, "u: y rounded once to 8 bits"),
+    ("sparse reference", torch.float16): Tolerance(2**-11, 1e-5, "u: y rounded once to 11 bits"),
+    ("sparse", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 128 terms in another order"),
+    ("sparse", torch.bfloat16): Tolerance(_SPARSE_ROUNDINGS * 2**-8, 1e-5, _SPARSE_REASON),
+    ("sparse", torch.float16): Tolerance(_SPARSE_ROUNDINGS * 2**-11, 1e-5, _SPARSE_REASON),
     ("logits", torch.float32): Tolerance(0, 1e-4, "the contract with PEFT: max |Δlogit| of a float32 model"),
     ("logits on CUDA", torch.float32): Tolerance(0, 1e-3, "TF32 is off, but sums run in another order"),
     ("logits on CUDA", torch.bfloat16): Tolerance(0, 0.1, "3 layers of rounding to 8 bits, logits of order 1"),
@@ -61,4 +71,25 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ),
     ("epilogue", torch.float32): Tolerance(1e-6, 1e-6, "a product and a sum, each rounded once in float32"),
     ("epilogue", torch.bfloat16): Tolerance(2 * 2**-8, 2**-8, "2 u: the scaled y, of order 1, and the biased sum"),
+    ("lowered", torch.float32): Tolerance(
+        1e-5, 0, "relative to the largest ΔW: W - W_res and the factors are float32, ΔW is 3 to 20 times smaller"
+    ),
+    ("start from a residual", torch.bfloat16): Tolerance(
+        2**-9, 0, "‖error‖/‖W‖: rounding of W_res to 8 bits, half of it beyond the rank that is kept"
+    ),
+    ("start from a residual", torch.float16): Tolerance(
+        2**-12, 0, "‖error‖/‖W‖: rounding of W_res to 11 bits, half of it beyond the rank that is kept"
+    ),
+    ("recomputed start", torch.float32): Tolerance(
+        1e-4, 0, "relative to the largest s·B0 A0: a float32 SVD is off by eps·σ_1/(σ_r - σ_{r+1})"
+    ),
+    ("dense merge", torch.float32): Tolerance(
+        1e-5, 1e-6, "W + B A of rank ≤ 8 and a scale near one, each rounded in float32, in another order"
+    ),
+    ("log-probabilities", torch.float32): Tolerance(
+        0, 2e-4, "two logits' worth: a float32 logit and a float32 log-sum-exp, over up to 30 layers"
+    ),
+    ("logits, bfloat16 operands", torch.bfloat16): Tolerance(
+        0, 0.1, "ΔW x is off by 0.3 %: measured 0.005 (root mean square); the largest of 49,152 logits is above that"
+    ),
 }

@@ -18,7 +18,10 @@ from motet.adapters.base import BaseModel
 from motet.adapters.effects import Lowered
 from motet.adapters.methods import lower
 from motet.adapters.source import CONFIG_FILE, WEIGHTS_FILE, read
+from motet.adapters.spec import NOTHING_DECLARED, Declared
 from tests.support.bases import base_of
+from tests.support.layout import Layout
+from tests.support.layouts import make
 from tests.support.models import reference_copy, save_peft, tiny_llama, tiny_qwen2
 
 
@@ -35,8 +38,12 @@ class Bench:
             warnings.simplefilter("ignore")  # PEFT warns of `bias` and of deprecations in transformers
             return save_peft(self.model, folder, LoraConfig(**{"r": 4, "lora_alpha": 8, **options}), seed)
 
-    def lower(self, folder: Path) -> Lowered:
-        return lower(read(folder), self.base)
+    def layout(self, name: str, folder: Path, seed: int = 1) -> Layout:
+        """One of the layouts that are served, written for this model."""
+        return make(name, self.model, folder, seed)
+
+    def lower(self, folder: Path, declared: Declared = NOTHING_DECLARED) -> Lowered:
+        return lower(read(folder, declared), self.base)
 
     def peft(self, folder: Path) -> Any:
         """PEFT's own model of the adapter."""
@@ -58,12 +65,23 @@ def edit(
 ) -> Path:
     """Change the saved adapter in place: its tensors by `change`, its configuration by `config`."""
     if change is not None:
-        tensors = load_file(folder / WEIGHTS_FILE)
-        change(tensors)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+        edit_tensors(folder / WEIGHTS_FILE, change)
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
     return folder
+
+
+def edit_tensors(file: Path, change: Callable[[Tensors], None]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+
+def product(lowered: Lowered, target: str) -> torch.Tensor:
+    """B A [O, I] float64 of a target."""
+    low_rank = lowered.effects[target].low_rank
+    assert low_rank is not None
+    return low_rank.b_OR.double() @ low_rank.a_RI.double()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from motet.adapters.effects import ColumnSparse, RowSparse, TargetEffects
 from motet.adapters.receipt import receipt, relative_norm
 from motet.adapters.version import Digest
 from tests.support.bases import residency_of
@@ -36,6 +37,19 @@ def test_biases_do_not_count(qwen2: Bench, tmp_path: Path) -> None:
     assert relative_norm(only_bias, "model.layers.0.self_attn.k_proj", qwen2.base) == 0
 
 
+def test_sparse_changes_count(llama: Bench) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    width = llama.base.targets[name].in_width
+    columns = ColumnSparse(torch.tensor([0, 7]), torch.ones(width, 2))
+    rows = RowSparse(torch.tensor([1]), torch.full((1, width), 2.0))
+    change = torch.zeros(width, width)
+    change[:, [0, 7]] += 1
+    change[1] += 2
+    expected = float(change.norm() / llama.base.weight(name).norm())
+    found = relative_norm(TargetEffects(columns=columns, rows=rows), name, llama.base)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_product_of_zero_has_norm_zero(llama: Bench, tmp_path: Path) -> None:
     folder = llama.save(tmp_path / "adapter", target_modules=["q_proj"], use_dora=False)
 
@@ -56,7 +70,7 @@ def test_facts(llama: Bench, tmp_path: Path, dtype: torch.dtype) -> None:
     lowered = llama.lower(folder)
     needed = residency_of(llama.base, dtype=dtype).bytes_needed(lowered)
     facts = receipt(lowered, Digest("d"), llama.base, needed)
-    assert (facts.method, facts.form, facts.scaling, facts.exact) == ("dora", "peft", "alpha/r", True)
+    assert (facts.method, facts.form, facts.scaling, facts.exact) == ("dora", "PEFT folder", "alpha/r", True)
     assert facts.ranks == (3, 5)
     assert (facts.targets_matched, facts.targets_expected) == (4, 4)
     assert facts.relative_norms.keys() == lowered.effects.keys()

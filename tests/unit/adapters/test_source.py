@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from motet.adapters.bounded import Limits
 from motet.adapters.errors import CorruptSourceError, SourceNotFoundError, UnsafeFormatError, UnsafePathError
-from motet.adapters.source import CONFIG_FILE, WEIGHTS_FILE, Limits, confine, read
+from motet.adapters.source import CONFIG_FILE, WEIGHTS_FILE, confine, read
 
 CONFIG = {"peft_type": "LORA", "r": 2}
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}
@@ -258,7 +259,7 @@ def test_limits(tmp_path: Path, limits: Limits, message: str) -> None:
     folder = write(tmp_path / "fr")
     read(folder)
     with pytest.raises(CorruptSourceError, match=message):
-        read(folder, limits)
+        read(folder, limits=limits)
 
 
 def test_no_message_carries_a_path_of_the_server(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "api_key_file": ("keys", "keys"),
     "admin_key_file": ("admin", "admin"),
     "adapter_memory": ("1GiB", "1GiB"),
+    "adapter_cache": ("off", "off"),
+    "adapter_cache_size": ("1GiB", "1GiB"),
     "kv_memory": ("2GiB", "2GiB"),
     "block_size": ("32", 32),
     "max_batch_rows": ("99", 99),
@@ -170,6 +173,12 @@ def test_an_unknown_error_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["motet", "serve"])
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+def test_nothing_heavy_is_imported_before_a_command_runs() -> None:
+    code = "import sys, motet.server.cli; print({'torch', 'transformers', 'peft', 'safetensors'} & sys.modules.keys())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"
 
 
 def test_every_command_explains_itself() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from motet.adapters.spec import Declared
 from motet.server.config import OptionError, parse_adapter, parse_bytes, read_keys
 
 
@@ -33,15 +34,39 @@ def test_what_is_no_size_is_refused_by_name(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "path"),
-    [("sql=adapters/wikisql", "sql", "adapters/wikisql"), ("tenant/a:1=/x=y", "tenant/a:1", "/x=y")],
+    ("text", "name", "path", "declared"),
+    [
+        ("sql=adapters/wikisql", "sql", "adapters/wikisql", Declared()),
+        ("tenant/a:1=/x=y", "tenant/a:1", "/x=y", Declared()),
+        ("a=b,initial=c=d", "a", "b", Declared(initial=Path("c=d"))),
+        ("a=b,residual=m,trained-on-base", "a", "b", Declared(residual=Path("m"), trained_on_base=True)),
+        ("a=b,residual=m,initial=i", "a", "b", Declared(initial=Path("i"), residual=Path("m"))),
+    ],
 )
-def test_adapter(text: str, name: str, path: str) -> None:
-    assert parse_adapter(text) == (name, Path(path))
+def test_adapter(text: str, name: str, path: str, declared: Declared) -> None:
+    assert parse_adapter(text) == (name, Path(path), declared)
 
 
 def test_a_home_folder_is_resolved() -> None:
-    assert parse_adapter("x=~/adapter")[1] == Path.home() / "adapter"
+    home = Path.home()
+    declared = Declared(home / "first", home / "model")
+    assert parse_adapter("x=~/a,initial=~/first,residual=~/model") == ("x", home / "a", declared)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["", "initial", "initial=", "residual=", "trained-on-base=", "trained-on-base=yes", "trained_on_base", "other=x"],
+)
+def test_an_unknown_declaration_is_refused(part: str) -> None:
+    with pytest.raises(OptionError, match="none of initial=DIR") as error:
+        parse_adapter(f"x=y,{part}")
+    assert repr(part) in str(error.value)
+
+
+def test_a_declaration_twice_is_refused() -> None:
+    for part in ("initial=a,initial=b", "trained-on-base,trained-on-base"):
+        with pytest.raises(OptionError, match="at most once"):
+            parse_adapter(f"x=y,{part}")
 
 
 @pytest.mark.parametrize("text", ["", "=", "name", "name=", "=path", "adapters/wikisql"])

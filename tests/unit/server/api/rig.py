@@ -14,13 +14,15 @@ import torch
 
 from motet.adapters.base import BaseModel, Target
 from motet.adapters.registry import Lease, Registry
+from motet.adapters.version import AdapterVersion
 from motet.server.api.app import create_app
+from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import BaseInfo, Keys, Service
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.stream import Streams
-from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult
+from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult, TokenLogprobs
 from motet.server.metrics import Metrics
 from tests.support.bases import residency_of
 from tests.support.tokenizer import byte_tokenizer
@@ -28,7 +30,13 @@ from tests.support.tokenizer import byte_tokenizer
 TOKENIZER: Any = byte_tokenizer()
 DEADLINE_S = 20
 LIMITS = StepLimits(rows=64, generations=8)
+ADMIN_KEY = "admin-key-of-the-rig"
 BODY: dict[str, Any] = {"model": "adapted", "prompt": "abc", "max_tokens": 4}
+
+
+def logprob_of(token: int) -> float:
+    """What the rig's runner says of a token in a prompt."""
+    return -1.0 - token / 8
 
 
 class CountingRunner:
@@ -38,8 +46,10 @@ class CountingRunner:
         self.failing_steps = 0
         self.steps_before_waiting: int | None = None
         self.go_on = threading.Event()
+        self.versions: set[AdapterVersion | None] = set()
 
     def run(self, plan: Plan) -> Sequence[SpanResult]:
+        self.versions |= {span.version for span in plan.spans}
         if self.failing_steps:
             self.failing_steps -= 1
             raise RuntimeError("/srv/secret failed")
@@ -47,7 +57,13 @@ class CountingRunner:
             if self.steps_before_waiting == 0:
                 assert self.go_on.wait(DEADLINE_S)
             self.steps_before_waiting = max(0, self.steps_before_waiting - 1)
-        return [SpanResult((span.tokens[-1] + 1) % len(TOKENIZER) if span.draw else None) for span in plan.spans]
+        return [
+            SpanResult(
+                (span.tokens[-1] + 1) % len(TOKENIZER) if span.draw else None,
+                prompt_logprobs=tuple(TokenLogprobs(token, logprob_of(token), ()) for token in span.prompt_targets),
+            )
+            for span in plan.spans
+        ]
 
 
 class Running:
@@ -63,22 +79,27 @@ class Running:
             lambda _: weight,
             lambda _: weight[0],
             lambda _: 1.0,
+            frozenset({"q_proj.weight"}),
+            lambda _: weight,
         )
-        self.registry = Registry(base, residency_of(base))
-        self.registry.load("adapted", adapter)
         self.runner = CountingRunner()
         self.scheduler = Scheduler(BlockPool(64, 4), limits)
-        streams = Streams(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        streams = Streams(loop)
         engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
+        info = BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0)
+        self.scorer = Scorer(info, engine, streams)
+        self.registry = Registry(base, residency_of(base), check=golden_check(self.scorer, loop))
+        self.registry.load("adapted", adapter)
         self.service = Service(
-            base=BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0),
+            base=info,
             tokenizer=TOKENIZER,
             registry=self.registry,
             engine=engine,
             streams=streams,
             metrics=Metrics(lambda: engine.state, lambda: (0, 0), list),
-            keys=Keys(),
-            adapter_roots=[],
+            keys=Keys(admin=(ADMIN_KEY,)),
+            adapter_roots=[adapter.parent],
             max_waiting=max_waiting,
             ready=True,
         )
@@ -87,6 +108,11 @@ class Running:
 
     async def post(self, path: str = "/v1/completions", **change: Any) -> httpx.Response:
         return await self.client.post(path, json={**BODY, **change})
+
+    async def administer(self, method: str, path: str, **body: Any) -> httpx.Response:
+        """A request of the administrator."""
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        return await self.client.request(method, path, json=body or None, headers=headers)
 
     async def eventually(self, look: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE_S):

@@ -23,6 +23,8 @@ OWN_STATUS: dict[type[AdapterError], tuple[int, str]] = {
     errors.SourceNotFoundError: (404, "adapter_source_not_found"),
     errors.UnsafePathError: (403, "adapter_path_forbidden"),
     errors.AdapterExistsError: (400, "adapter_exists"),
+    errors.SourceChangedError: (409, "adapter_source_changed"),
+    errors.GoldenError: (400, "adapter_golden_mismatch"),
     errors.ArenaFullError: (507, "adapter_memory_full"),
 }
 

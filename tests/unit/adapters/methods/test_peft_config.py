@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from motet.adapters.errors import ConfigError, UnsupportedError
+from motet.adapters.methods.config_values import LONGEST_PATTERN
 from motet.adapters.methods.peft_config import (
     BASE_CHANGING_INITS,
     INERT,
     INERT_WITH,
-    LONGEST_PATTERN,
     NEUTRAL,
     PLAIN_INITS,
     SERVED,

@@ -20,36 +20,13 @@ from motet.adapters.errors import (
     UnsupportedError,
 )
 from tests.unit.adapters.conftest import Bench, Tensors, edit
+from tests.unit.adapters.methods.changes import drop, poison, put, rename
 
 Q0 = "model.layers.0.self_attn.q_proj"
 Q0_A, Q0_B = f"base_model.model.{Q0}.lora_A.weight", f"base_model.model.{Q0}.lora_B.weight"
 
 # Both sides compute in float32, in another order of operations; weights are of order 1.
 ATOL, RTOL = 2e-6, 1e-5
-
-
-def drop(name: str) -> Callable[[Tensors], None]:
-    return lambda tensors: tensors.__delitem__(name)
-
-
-def put(name: str, value: torch.Tensor) -> Callable[[Tensors], None]:
-    return lambda tensors: tensors.__setitem__(name, value)
-
-
-def poison(name: str, value: float) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        tensors[name][-1, -1] = value
-
-    return change
-
-
-def rename(old: str, new: str) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if old in name]:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    return change
-
 
 PREFIX = f"base_model.model.{Q0}"
 REFUSED: dict[str, tuple[Callable[[Tensors], None], type[AdapterError], str]] = {
@@ -81,12 +58,14 @@ REFUSED: dict[str, tuple[Callable[[Tensors], None], type[AdapterError], str]] = 
     "beyond float32": (put(Q0_A, torch.full((4, 48), 1e300, dtype=torch.float64)), NonFiniteError, re.escape(Q0_A)),
     "integers": (put(Q0_A, torch.ones(4, 48, dtype=torch.int8)), ShapeError, "int8"),
     "booleans": (put(Q0_B, torch.ones(48, 4, dtype=torch.bool)), ShapeError, "bool"),
-    "PoLAR": (put(f"{PREFIX}.lora_S.weight", torch.ones(4, 4)), UnsupportedError, "PoLAR"),
+    "PoLAR": (put(f"{PREFIX}.lora_S.weight", torch.ones(4, 4)), ConfigError, "PoLAR"),
     "PoLAR, parametrised": (
         put(f"{PREFIX}.lora_S.parametrizations.weight.original", torch.ones(4, 4)),
-        UnsupportedError,
+        ConfigError,
         "PoLAR",
     ),
+    "PoLAR, of some other spelling": (put(f"{PREFIX}.lora_S", torch.ones(4, 4)), UnmatchedTensorError, "lora_S"),
+    "a frozen rotation of A": (put(f"{PREFIX}.lora_A_rho", torch.ones(4)), UnmatchedTensorError, "lora_A_rho"),
     "embedding": (
         put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 256)),
         UnsupportedError,
@@ -126,8 +105,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[AdapterError], str]] = {
     "DoRA without magnitudes": ({"use_dora": True}, MissingTensorError, "lora_magnitude_vector"),
     "lora_bias without biases": ({"lora_bias": True}, MissingTensorError, r"lora_B\.bias"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, UnsupportedError, "modules_to_save"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, UnsupportedError, "PiSSA"),
-    "IA3": ({"peft_type": "IA3"}, UnsupportedError, "IA3.*methods served: lora"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, UnsupportedError, "LoftQ"),
+    "PiSSA at random": ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "initial"),
+    "CorDA": ({"init_lora_weights": "corda"}, UnsupportedError, "CorDA"),
+    "IA3": ({"peft_type": "IA3"}, UnsupportedError, "IA3.*methods served:.*lora"),
 }
 
 

@@ -77,7 +77,7 @@ def test_effects_are_what_peft_merges(
     bench: Bench = request.getfixturevalue(family)
     folder = bench.save(tmp_path / "adapter", **options)
     lowered, merged = bench.lower(folder), bench.merged(folder)
-    assert (lowered.method, lowered.form, lowered.exact) == (method, "peft", True)
+    assert (lowered.method, lowered.form, lowered.exact) == (method, "PEFT folder", True)
     changed = 0
     for name, target in bench.base.targets.items():
         effects, linear = lowered.effects.get(name), merged.get_submodule(name)

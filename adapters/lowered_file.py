@@ -1,0 +1,114 @@
+"""A lowered adapter as bytes and back, bit by bit: safetensors, with the facts in its metadata.
+
+Must not know: where the bytes are kept or sent. safetensors has no checksum, so the metadata holds one over everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from motet.adapters.bounded import Limits, parse_tensors
+from motet.adapters.effects import (
+    ColumnSparse,
+    Lowered,
+    LowRank,
+    OutputBias,
+    OutputScale,
+    RowSparse,
+    TargetEffects,
+)
+from motet.adapters.errors import CorruptSourceError
+
+FORMAT = 1
+"""Raise it when the names or facts below change their meaning."""
+WHAT = "the lowered adapter"
+PARTS: Mapping[str, tuple[Callable[..., Any], Mapping[str, str]]] = {
+    "low_rank": (LowRank, {"A": "a_RI", "B": "b_OR"}),
+    "scale": (OutputScale, {"scale": "delta_O"}),
+    "bias": (OutputBias, {"bias": "bias_O"}),
+    "columns": (ColumnSparse, {"columns.idx": "index_S", "columns.V": "v_OS"}),
+    "rows": (RowSparse, {"rows.idx": "index_S", "rows.V": "v_SI"}),
+}
+"""Field of TargetEffects → its type, and name in the file → operand. An effect that is not here cannot be written."""
+FACTS = ("method", "form", "scaling", "expected_targets", "exact")
+_LIMITS = Limits(header_bytes=64 << 20, weights_bytes=1 << 40, tensors=1_000_000)
+"""Room for anything that was lowered: the source was limited already."""
+
+
+def dump(lowered: Lowered) -> bytes:
+    """The same bytes for the same adapter."""
+    tensors: dict[str, torch.Tensor] = {}
+    for target, effects in lowered.effects.items():
+        for part, tensor in _parts(effects).items():
+            tensors[f"{target}.{part}"] = tensor.clone(memory_format=torch.contiguous_format)
+    facts = {name: getattr(lowered, name) for name in FACTS}
+    text = json.dumps({"format": FORMAT, "targets": list(lowered.effects), **facts})
+    # One entry only: safetensors writes several in random order.
+    metadata = {"motet": json.dumps({"facts": text, "sha256": _checksum(text, tensors)})}
+    return save(tensors, metadata)
+
+
+def parse(content: bytes) -> Lowered:
+    """What `dump` was given.
+
+    Raises:
+        CorruptSourceError: the content is damaged, or something else.
+    """
+    tensors = parse_tensors(WHAT, content, _LIMITS)
+    text, checksum = _metadata(content)
+    if checksum != _checksum(text, tensors):
+        raise CorruptSourceError(f"{WHAT} does not have the checksum it was written with; lower the adapter again")
+    try:
+        facts = json.loads(text)
+        if facts["format"] != FORMAT:
+            raise CorruptSourceError(f"{WHAT} is not of format {FORMAT}; lower the adapter again with this version")
+        effects = {target: _effects(target, tensors) for target in facts["targets"]}
+        return Lowered(effects=effects, **{name: facts[name] for name in FACTS})
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptSourceError(f"{WHAT} has other facts than motet writes; lower the adapter again") from error
+
+
+def _parts(effects: TargetEffects) -> dict[str, torch.Tensor]:
+    """Name in the file → tensor."""
+    parts: dict[str, torch.Tensor] = {}
+    for field in fields(effects):
+        if (effect := getattr(effects, field.name)) is not None:
+            parts |= {part: getattr(effect, operand) for part, operand in PARTS[field.name][1].items()}
+    return parts
+
+
+def _effects(target: str, tensors: Mapping[str, torch.Tensor]) -> TargetEffects:
+    found = {
+        name: kind(**{operand: tensors[f"{target}.{part}"] for part, operand in parts.items()})
+        for name, (kind, parts) in PARTS.items()
+        if any(f"{target}.{part}" in tensors for part in parts)
+    }
+    return TargetEffects(**found)
+
+
+def _metadata(content: bytes) -> tuple[str, str]:
+    """Facts and checksum; the header was checked already."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    try:
+        metadata: dict[str, Any] = json.loads(header["__metadata__"]["motet"])
+        return str(metadata["facts"]), str(metadata["sha256"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptSourceError(
+            f"{WHAT} has no facts: it was not written by motet; give the file motet wrote"
+        ) from error
+
+
+def _checksum(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the facts, and the name, shape and bytes of every tensor."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f" {name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""Log-probabilities of given tokens under one adapter, computed like any request's; and the golden checks made of them.
+
+Must not know: HTTP, text. The engine is asked for one token that nobody looks at; the prompt's own log-probabilities
+come with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from motet.adapters.errors import GoldenError
+from motet.adapters.golden import GOLDEN_FILE, Golden, compare
+from motet.adapters.registry import Check, Lease
+from motet.server.api.service import BaseInfo
+from motet.server.engine.engine import Engine
+from motet.server.engine.stream import Streams
+from motet.server.engine.types import FinishReason, GenerationId, Sampling
+
+SAMPLING = Sampling(max_tokens=1, temperature=0, prompt_logprobs=0)
+
+
+class ScoringError(Exception):
+    """The prompts cannot be computed; the message says why."""
+
+
+class Scorer:
+    """Asks the engine. For the event loop that the streams belong to."""
+
+    def __init__(self, base: BaseInfo, engine: Engine, streams: Streams) -> None:
+        self._base, self._engine, self._streams = base, engine, streams
+
+    async def logprobs(self, prompts: Sequence[Sequence[int]], lease: Callable[[], Lease | None]) -> list[list[float]]:
+        """Natural log-probabilities of each prompt's tokens from the second on.
+
+        Args:
+            lease: gives a lease of its own to every prompt; the engine ends it. None is the base model.
+
+        Raises:
+            ScoringError: a prompt does not fit the base model, or its step failed.
+        """
+        for index, prompt in enumerate(prompts):
+            self._require_possible(index, prompt)
+        stream = self._streams.open(len(prompts))
+        found: dict[GenerationId, list[float]] = {generation: [] for generation in stream.generations}
+        try:
+            for generation, prompt in zip(stream.generations, prompts, strict=True):
+                self._engine.submit(generation, prompt, SAMPLING, lease())
+            async for event in stream:
+                if event.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
+                    raise ScoringError(event.error or "the server is stopping; try again when it runs")
+                found[event.generation] += [position.logprob for position in event.prompt_logprobs]
+        finally:
+            for generation in stream.unfinished:
+                self._engine.cancel(generation)
+            self._streams.close(stream)
+        return [found[generation] for generation in stream.generations]
+
+    def _require_possible(self, index: int, prompt: Sequence[int]) -> None:
+        if not self._engine.alive:
+            raise ScoringError("the engine does not run; start the server again")
+        if len(prompt) >= self._base.max_length:
+            raise ScoringError(
+                f"prompt {index} has {len(prompt)} tokens; the base model takes {self._base.max_length - 1}: shorten it"
+            )
+        if (largest := max(prompt)) >= self._base.vocabulary:
+            raise ScoringError(
+                f"prompt {index} has token {largest}; the base model's tokens are 0 to {self._base.vocabulary - 1}: "
+                "the prompt is of another tokenizer"
+            )
+
+
+def golden_check(scorer: Scorer, loop: asyncio.AbstractEventLoop) -> Check:
+    """The check for a registry whose loads run in other threads than the loop's."""
+
+    def check(golden: Golden, lease: Callable[[], Lease]) -> None:
+        work = scorer.logprobs([prompt.tokens for prompt in golden.prompts], lease)
+        try:
+            served = asyncio.run_coroutine_threadsafe(work, loop).result()
+        except ScoringError as error:
+            raise GoldenError(f"{GOLDEN_FILE} cannot be checked: {error}") from error
+        compare(golden, served)
+
+    return check

@@ -1,0 +1,115 @@
+"""Every layout that is served: the official files for a tiny base, beside a model that knows what they mean.
+
+Must not know: how Motet reads them. Oracles are PEFT's own models, hand-written modules or dense float32 sums.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.support.layout import Layout
+from tests.support.layouts_corda import corda_cache, corda_converted, corda_native, corda_official, corda_residual
+from tests.support.layouts_peft import eva, lora
+from tests.support.layouts_polar import polar
+from tests.support.layouts_residual import converted, lora_ga, native, on_residual, recomputed
+
+Maker = Callable[[Any, Path, int], Layout]
+
+QV = ["q_proj", "v_proj"]
+
+PEFT_LAYOUTS: dict[str, Maker] = {
+    "lora-all": lora(),
+    "lora-qv-r3": lora(r=3, lora_alpha=5, target_modules=QV),
+    "lora-r1": lora(r=1, lora_alpha=1, target_modules=["down_proj"]),
+    "rslora": lora(r=4, lora_alpha=4, use_rslora=True),
+    "patterns": lora(
+        rank_pattern={"down_proj": 2, r"layers\.1\..*": 5},
+        alpha_pattern={r"self_attn\.(q|k)_proj": 3, "v_proj": 24},
+    ),
+    "rslora-patterns": lora(
+        use_rslora=True, rank_pattern={"q_proj": 12, "layers.0.mlp.up_proj": 1}, alpha_pattern={"up_proj": 2}
+    ),
+    "some-layers": lora(layers_to_transform=[0, 2], target_modules=["k_proj", "o_proj", "up_proj"]),
+    "regex": lora(target_modules=r".*\.1\.mlp\.(gate|down)_proj"),
+    "dora": lora(r=4, lora_alpha=8, use_dora=True),
+    "dora-qv": lora(r=2, use_dora=True, target_modules=QV),
+    "dora-rslora": lora(r=6, use_dora=True, use_rslora=True, target_modules=["k_proj", "down_proj"]),
+    "bias-lora-only": lora(bias="lora_only"),
+    "bias-all": lora(bias="all", target_modules=["v_proj", "o_proj"]),
+    "lora-bias": lora(lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj"]),
+    "dora-bias": lora(use_dora=True, bias="lora_only", target_modules=["q_proj", "v_proj", "up_proj"]),
+    "eva": eva(),
+}
+"""Forms of which the pair is the whole change."""
+
+RESIDUAL_LAYOUTS: dict[str, Maker] = {
+    "pissa": recomputed("pissa"),
+    "pissa-rslora-patterns": recomputed(
+        "pissa",
+        use_rslora=True,
+        rank_pattern={r"layers\.1\.mlp\..*": 3, "q_proj": 5},
+        alpha_pattern={r"layers\.0\..*": 11, "v_proj": 3},
+    ),
+    "pissa-dora": recomputed("pissa", use_dora=True, r=4, lora_alpha=6),
+    "pissa-layers-bias": recomputed("pissa", r=3, layers_to_transform=[0, 2], bias="lora_only"),
+    "pissa-subfolder": native("pissa_niter_4", "pissa_init"),
+    "pissa-subfolder-dora": native("pissa_niter_2", "pissa_init", r=4, use_dora=True, target_modules=QV),
+    "pissa-residual-initial": on_residual("pissa_niter_4", "initial", "pissa", name="pissa_init"),
+    "pissa-residual": on_residual("pissa", "residual", "residual-lora", r=5, use_rslora=True),
+    "pissa-converted": converted("pissa", "lora", rank_pattern={"q_proj": 5}, alpha_pattern={"v_proj": 3}),
+    "pissa-converted-rslora": converted("pissa_niter_4", "rslora", use_rslora=True),
+    "olora": recomputed("olora"),
+    "olora-rslora": recomputed(
+        "olora", use_rslora=True, r=3, lora_alpha=2, target_modules=["k_proj", "o_proj", "down_proj"]
+    ),
+    "lora-ga": lora_ga(),
+    "corda-ipm": corda_native("ipm"),
+    "corda-kpm": corda_native("kpm"),
+    "corda-residual-initial": corda_residual("initial", "corda"),
+    "corda-residual": corda_residual("residual", "residual-lora"),
+    "corda-converted": corda_converted(),
+    "corda-cache": corda_cache(),
+    "corda-official": corda_official(),
+}
+"""Forms that were trained on W minus a part of itself."""
+
+# Patterns that overlap stand in the order of their names: PEFT sorts them when it saves, and the first match wins.
+
+POLAR_LAYOUTS: dict[str, Maker] = {
+    "polar": polar("identity", parametrised=True),
+    "polar-diagonal": polar("diagonal", parametrised=True, r=3),
+    "polar-removal": polar("removal", parametrised=True, lora_alpha=2),
+    "polar-bare": polar("identity", parametrised=False, target_modules=QV),
+    "polar-bare-diagonal": polar("diagonal", parametrised=False),
+    "polar-bare-removal": polar("removal", parametrised=False, lora_alpha=1),
+    "rplora": polar("identity", parametrised=True, adapter_name="rplora", r=1),
+    "polar-rslora-patterns": polar(
+        "identity", parametrised=True, use_rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 8}
+    ),
+}
+
+LAYOUTS: dict[str, Maker] = {**PEFT_LAYOUTS, **RESIDUAL_LAYOUTS, **POLAR_LAYOUTS}
+
+_NEEDS: dict[str, str] = {"lora-bias": "qwen2", "corda-official": "llama"}
+"""The only family a layout exists for: `lora_bias` needs biases, CorDA's architecture is Llama's."""
+
+
+def layouts_of(family: str) -> list[str]:
+    """Names of the layouts that exist for a family, in the order of the table."""
+    return [name for name in LAYOUTS if _NEEDS.get(name, family) == family]
+
+
+def make(name: str, model: Any, folder: Path, seed: int = 1) -> Layout:
+    """Write one layout for an untouched base model.
+
+    Args:
+        model: the base; never changed.
+        folder: where everything is written; the adapter itself may lie in a sub-folder.
+        seed: of the random "training".
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of `bias`, of conversions and of deprecations in transformers
+        return LAYOUTS[name](model, folder, seed)

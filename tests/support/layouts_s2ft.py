@@ -1,0 +1,95 @@
+"""S²FT's fused checkpoints: a whole model with channels and heads reordered, as the authors' code leaves it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.layout import CHANGE, Layout
+from tests.support.models import load_dense
+
+Maker = Callable[[Any, Path, int], Layout]
+
+
+def s2ft_fused(
+    dtype: torch.dtype = torch.float32,
+    *,
+    reorder: bool = True,
+    channels: tuple[int, ...] = (5, 0, 9),
+    heads: tuple[int, ...] = (1, 2, 0),
+    padded_rows: int = 0,
+) -> Maker:
+    """Train slices, reorder what belongs together, save everything.
+
+    Args:
+        dtype: of the checkpoint; the oracle computes with its weights.
+        channels: feed-forward channels trained per layer, of up_proj's rows and down_proj's columns.
+        heads: query heads whose columns of o_proj are trained per layer; key-value heads of v_proj: at most one.
+        padded_rows: rows appended to the embedding, as the authors' training pads the vocabulary.
+    """
+
+    @torch.no_grad()
+    def write(model: Any, folder: Path, seed: int) -> Layout:
+        generator = torch.Generator().manual_seed(seed)
+        trained = copy.deepcopy(model)
+        before = {name: parameter.clone().to(dtype) for name, parameter in trained.named_parameters()}
+        width = model.config.hidden_size // model.config.num_attention_heads
+        for layer, block in enumerate(trained.model.layers):
+            feed, attention = block.mlp, block.self_attn
+            chosen = torch.randperm(model.config.intermediate_size, generator=generator)[: channels[layer]]
+            _train(feed.up_proj.weight, (chosen, slice(None)), generator)
+            _train(feed.down_proj.weight, (slice(None), chosen), generator)
+            queries = torch.randperm(model.config.num_attention_heads, generator=generator)[: heads[layer]]
+            _train(attention.o_proj.weight, (slice(None), _blocks(queries, width)), generator)
+            keys = torch.randperm(model.config.num_key_value_heads, generator=generator)[: min(1, heads[layer])]
+            _train(attention.v_proj.weight, (_blocks(keys, width), slice(None)), generator)
+        trained = trained.to(dtype)
+        deltas = {
+            name.removesuffix(".weight"): parameter.double() - before[name].double()
+            for name, parameter in trained.named_parameters()
+            if name.endswith("_proj.weight")
+        }
+        if reorder:
+            for block in trained.model.layers:
+                _reorder(block, model.config, generator)
+        if padded_rows:
+            trained.resize_token_embeddings(model.config.vocab_size + padded_rows, mean_resizing=False)
+        trained.save_pretrained(folder)
+        oracle = load_dense(folder, torch.float32)
+        if padded_rows:
+            oracle.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
+        return Layout(folder, oracle, "s2ft", deltas_OI={name: delta for name, delta in deltas.items() if delta.any()})
+
+    return write
+
+
+def _blocks(heads: torch.Tensor, width: int) -> torch.Tensor:
+    return (heads[:, None] * width + torch.arange(width)).reshape(-1)
+
+
+def _train(weight_OI: torch.Tensor, where: Any, generator: torch.Generator) -> None:
+    part = weight_OI[where]
+    weight_OI[where] = part + CHANGE * 4 * weight_OI.std() * torch.randn(part.shape, generator=generator)
+
+
+def _reorder(block: Any, config: Any, generator: torch.Generator) -> None:
+    """Channels of the feed-forward layer; key-value heads, and query heads with the keys they share."""
+    feed, attention = block.mlp, block.self_attn
+    channels = torch.randperm(config.intermediate_size, generator=generator)
+    for linear in (feed.gate_proj, feed.up_proj):
+        linear.weight.copy_(linear.weight[channels].clone())
+    feed.down_proj.weight.copy_(feed.down_proj.weight[:, channels].clone())
+    width, shared = config.hidden_size // config.num_attention_heads, config.num_key_value_heads
+    group = config.num_attention_heads // shared
+    keys = torch.randperm(shared, generator=generator)
+    queries = torch.cat([key * group + torch.randperm(group, generator=generator) for key in keys])
+    for linear, heads in ((attention.q_proj, queries), (attention.k_proj, keys), (attention.v_proj, keys)):
+        rows = _blocks(heads, width)
+        linear.weight.copy_(linear.weight[rows].clone())
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias[rows].clone())
+    attention.o_proj.weight.copy_(attention.o_proj.weight[:, _blocks(queries, width)].clone())

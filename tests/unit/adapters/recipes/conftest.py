@@ -1,0 +1,78 @@
+"""A tiny base with a tokenizer, and data folders in the shape of the real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from motet.adapters.recipes.run import Base, Order
+from tests.support.models import tiny_llama
+from tests.support.tokenizer import byte_tokenizer
+
+COLORS = "red green blue black white brown grey pink gold navy teal plum".split()
+
+
+def wikisql_row(color: str, n: int) -> dict[str, Any]:
+    return {
+        "question": f"How many {color} cars have {n} doors ?",
+        "sql": f'SELECT COUNT TABLEalias0.CAR_FIELD FROM TABLE AS TABLEalias0 WHERE TABLEalias0.COLOR_FIELD = "{color}"'
+        f" AND TABLEalias0.DOORS_FIELD > {n} ;",
+    }
+
+
+def arc_row(subject: str, right: int) -> dict[str, Any]:
+    return {
+        "instruction": f"Please choose the correct answer to the question: What is {subject}?\n\nAnswer1: a car "
+        f"Answer2: a door Answer3: a {subject}\n\nAnswer format: answer1/answer2/answer3",
+        "answer": f"answer{right}",
+    }
+
+
+def write_rows(data: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    path = data / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for split, first in (("train", 0), ("test", 3)):
+        write_rows(folder, f"text/wikisql.{split}", (wikisql_row(c, n + first) for n in range(3) for c in COLORS))
+        write_rows(folder, f"qa/ARC-Easy.{split}", (arc_row(c, 1 + i % 3) for i, c in enumerate(COLORS)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base() -> Callable[[], Base]:
+    """The same base each time, new, since training gives it away."""
+    tokenizer = byte_tokenizer()
+
+    def make() -> Base:
+        model = tiny_llama(num_hidden_layers=2, vocab_size=320, max_position_embeddings=512)
+        return Base("public/name", model, tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def order() -> Callable[..., Order]:
+    def make(method: str = "lora", **changes: Any) -> Order:
+        defaults: dict[str, Any] = {
+            "task": "wikisql",
+            "rank": 3,
+            "alpha": 6,
+            "targets": ("q_proj", "v_proj"),
+            "steps": 6,
+            "learning_rate": 1e-2,
+            "batch": 4,
+            "seed": 0,
+            "threads": 1,
+        }
+        return Order(method, **{**defaults, **changes})
+
+    return make

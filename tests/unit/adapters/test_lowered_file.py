@@ -1,0 +1,170 @@
+"""A lowered adapter survives as bytes, bit by bit; what is not exactly such bytes is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from motet.adapters.effects import (
+    ColumnSparse,
+    Lowered,
+    LowRank,
+    OutputBias,
+    OutputScale,
+    RowSparse,
+    TargetEffects,
+)
+from motet.adapters.errors import CorruptSourceError
+from motet.adapters.lowered_file import FACTS, PARTS, dump, parse
+from tests.unit.adapters.conftest import Bench
+
+
+def awkward() -> Lowered:
+    """Every effect, none at all, values that compare oddly, layouts that are not contiguous, memory that is shared."""
+    random = torch.Generator().manual_seed(0)
+    shared = torch.randn(6, 6, generator=random)
+    odd = torch.tensor([0.0, -0.0, 1e-45, -3.4e38, torch.inf, torch.nan])
+    return Lowered(
+        method="pissa",
+        form="a “form”",
+        scaling="alpha/√r",
+        effects={
+            "model.z": TargetEffects(LowRank(shared[:2], shared.T[:, 1:3])),
+            "model.a.A": TargetEffects(LowRank(shared[2:3], shared[:, 3:4]), OutputScale(odd), OutputBias(odd.flip(0))),
+            "model.a": TargetEffects(bias=OutputBias(shared[0])),
+            "model.sparse": TargetEffects(
+                columns=ColumnSparse(torch.tensor([0, 5, 2**40]), shared[:, :3]),
+                rows=RowSparse(torch.tensor([3]), shared[:1]),
+            ),
+            "model.nothing": TargetEffects(),
+        },
+        expected_targets=7,
+        exact=False,
+    )
+
+
+def parts(effects: TargetEffects) -> dict[str, torch.Tensor]:
+    found = {}
+    for kind in dataclasses.fields(effects):
+        if (effect := getattr(effects, kind.name)) is not None:
+            found |= {f"{kind.name}.{f.name}": getattr(effect, f.name) for f in dataclasses.fields(effect)}
+    return found
+
+
+def assert_same(one: Lowered, other: Lowered) -> None:
+    for field in dataclasses.fields(Lowered):
+        if field.name != "effects":
+            assert getattr(one, field.name) == getattr(other, field.name), field.name
+    assert list(one.effects) == list(other.effects), "the order of targets is part of it"
+    for target in one.effects:
+        mine, its = parts(one.effects[target]), parts(other.effects[target])
+        assert mine.keys() == its.keys()
+        for name, tensor in mine.items():
+            assert its[name].dtype == tensor.dtype
+            assert its[name].shape == tensor.shape
+            assert torch.equal(tensor.contiguous().view(torch.uint8), its[name].contiguous().view(torch.uint8)), name
+
+
+def test_the_file_knows_every_field() -> None:
+    assert {field.name for field in dataclasses.fields(Lowered)} == {"effects", *FACTS}
+    assert {field.name for field in dataclasses.fields(TargetEffects)} == PARTS.keys()
+    for kind, parts in PARTS.values():
+        assert sorted(field.name for field in dataclasses.fields(kind)) == sorted(parts.values())  # type: ignore[arg-type]
+
+
+def test_round_trip_is_exact() -> None:
+    assert_same(awkward(), parse(dump(awkward())))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
+def test_round_trip_of_a_lowered_adapter(qwen2: Bench, tmp_path: Path, options: dict[str, object]) -> None:
+    lowered = qwen2.lower(qwen2.save(tmp_path, target_modules=["q_proj", "down_proj"], **options))
+    assert_same(lowered, parse(dump(lowered)))
+
+
+def test_the_same_adapter_is_the_same_bytes() -> None:
+    assert len({dump(awkward()) for _ in range(5)}) == 1
+    assert dump(parse(dump(awkward()))) == dump(awkward())
+
+
+def test_no_damage_goes_unseen() -> None:
+    """One bit, wherever it is: header, facts, checksum, weights."""
+    content = dump(awkward())
+    random = torch.Generator().manual_seed(1)
+    for at in torch.randint(len(content), (400,), generator=random).tolist():
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << at % 8
+        try:
+            parsed = parse(bytes(damaged))
+        except CorruptSourceError:
+            continue
+        assert_same(parsed, awkward())  # a bit in the header's padding, or the case of a hexadecimal digit: no harm
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
+def test_a_truncated_file_is_refused(kept: int) -> None:
+    with pytest.raises(CorruptSourceError):
+        parse(dump(awkward())[:kept])
+
+
+def test_a_longer_file_is_refused() -> None:
+    with pytest.raises(CorruptSourceError):
+        parse(dump(awkward()) + b"\0")
+
+
+def _foreign(metadata: dict[str, str] | None) -> bytes:
+    return save({"x.A": torch.ones(1, 2)}, metadata)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not safetensors at all",
+        _foreign(None),
+        _foreign({"format": "pt"}),
+        _foreign({"motet": "no JSON"}),
+        _foreign({"motet": "[1]"}),
+        _foreign({"motet": '{"facts": "{}"}'}),
+        _foreign({"motet": '{"facts": "{}", "sha256": "0"}'}),
+    ],
+)
+def test_a_foreign_file_is_refused(content: bytes) -> None:
+    with pytest.raises(CorruptSourceError):
+        parse(content)
+
+
+def _resealed(change: Callable[[dict[str, object]], object]) -> bytes:
+    """The file with other facts and a checksum that fits them: what another version could have written."""
+    from motet.adapters import lowered_file
+
+    content = dump(awkward())
+    tensors = load(content)
+    text, _ = lowered_file._metadata(content)
+    facts = json.loads(text)
+    change(facts)
+    text = json.dumps(facts)
+    return save(tensors, {"motet": json.dumps({"facts": text, "sha256": lowered_file._checksum(text, tensors)})})
+
+
+def test_the_seal_of_these_tests_fits() -> None:
+    assert_same(parse(_resealed(lambda facts: None)), awkward())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts.update(format=0),
+        lambda facts: facts.pop("format"),
+        lambda facts: facts.pop("exact"),
+        lambda facts: facts.update(targets=3),
+    ],
+)
+def test_the_facts_of_another_format_are_refused(change: Callable[[dict[str, object]], object]) -> None:
+    with pytest.raises(CorruptSourceError):
+        parse(_resealed(change))
