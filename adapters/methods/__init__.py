@@ -10,8 +10,8 @@ from typing import Protocol
 from motet.adapters.base import BaseModel
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import UnsupportedError
-from motet.adapters.methods import corda, corda_model, lora, lora_ga, olora, pissa, polar, residual
-from motet.adapters.source import AdapterFiles, Layout
+from motet.adapters.methods import corda, corda_model, full_model, lora, lora_ga, olora, pissa, polar, residual
+from motet.adapters.source import AdapterFiles
 
 
 class Method(Protocol):
@@ -26,7 +26,7 @@ class Method(Protocol):
         """Turn the folder into effects in float32, exactly, or raise FormatError."""
 
 
-METHODS: tuple[Method, ...] = (corda_model, polar, pissa, olora, corda, lora_ga, residual, lora)
+METHODS: tuple[Method, ...] = (corda_model, full_model, polar, pissa, olora, corda, lora_ga, residual, lora)
 
 
 def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
@@ -39,10 +39,5 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
     for method in METHODS:
         if method.claims(files):
             return method.lower(files, base)
-    if files.layout is Layout.MODEL:
-        raise UnsupportedError(
-            "the folder is a whole model, not an adapter; of these only CorDA's split models are served: save the "
-            "adapter that was trained"
-        )
     names = ", ".join(method.NAME for method in METHODS)
     raise UnsupportedError(f"peft_type {files.config.get('peft_type')!r} is not served; methods served: {names}")

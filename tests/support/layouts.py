@@ -15,6 +15,7 @@ from tests.support.layouts_corda import corda_cache, corda_converted, corda_nati
 from tests.support.layouts_peft import eva, lora
 from tests.support.layouts_polar import polar
 from tests.support.layouts_residual import converted, lora_ga, native, on_residual, recomputed
+from tests.support.layouts_s2ft import s2ft_fused
 
 Maker = Callable[[Any, Path, int], Layout]
 
@@ -91,7 +92,15 @@ POLAR_LAYOUTS: dict[str, Maker] = {
     ),
 }
 
-LAYOUTS: dict[str, Maker] = {**PEFT_LAYOUTS, **RESIDUAL_LAYOUTS, **POLAR_LAYOUTS}
+SPARSE_LAYOUTS: dict[str, Maker] = {
+    "s2ft": s2ft_fused(),
+    "s2ft-in-order": s2ft_fused(reorder=False, channels=(1, 20, 0)),
+    "s2ft-heads": s2ft_fused(channels=(0, 0, 0)),
+    "s2ft-padded": s2ft_fused(heads=(0, 1, 0), padded_rows=8),
+}
+"""Whole models of which a few channels and heads were trained."""
+
+LAYOUTS: dict[str, Maker] = {**PEFT_LAYOUTS, **RESIDUAL_LAYOUTS, **POLAR_LAYOUTS, **SPARSE_LAYOUTS}
 
 _NEEDS: dict[str, str] = {"lora-bias": "qwen2", "corda-official": "llama"}
 """The only family a layout exists for: `lora_bias` needs biases, CorDA's architecture is Llama's."""

@@ -37,7 +37,7 @@ def s2ft_fused(
         generator = torch.Generator().manual_seed(seed)
         trained = copy.deepcopy(model)
         before = {name: parameter.clone().to(dtype) for name, parameter in trained.named_parameters()}
-        width = model.config.hidden_size // model.config.num_attention_heads
+        width = model.model.layers[0].self_attn.head_dim
         for layer, block in enumerate(trained.model.layers):
             feed, attention = block.mlp, block.self_attn
             chosen = torch.randperm(model.config.intermediate_size, generator=generator)[: channels[layer]]
@@ -83,7 +83,7 @@ def _reorder(block: Any, config: Any, generator: torch.Generator) -> None:
     for linear in (feed.gate_proj, feed.up_proj):
         linear.weight.copy_(linear.weight[channels].clone())
     feed.down_proj.weight.copy_(feed.down_proj.weight[:, channels].clone())
-    width, shared = config.hidden_size // config.num_attention_heads, config.num_key_value_heads
+    width, shared = attention.head_dim, config.num_key_value_heads
     group = config.num_attention_heads // shared
     keys = torch.randperm(shared, generator=generator)
     queries = torch.cat([key * group + torch.randperm(group, generator=generator) for key in keys])
