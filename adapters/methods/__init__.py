@@ -10,7 +10,7 @@ from typing import Protocol
 from motet.adapters.base import BaseModel
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import UnsupportedError
-from motet.adapters.methods import corda, corda_model, full_model, lora, lora_ga, olora, pissa, polar, residual
+from motet.adapters.methods import corda, corda_model, full_model, lora, lora_ga, olora, pissa, polar, residual, s2ft
 from motet.adapters.source import AdapterFiles
 
 
@@ -26,7 +26,7 @@ class Method(Protocol):
         """Turn the folder into effects in float32, exactly, or raise FormatError."""
 
 
-METHODS: tuple[Method, ...] = (corda_model, full_model, polar, pissa, olora, corda, lora_ga, residual, lora)
+METHODS: tuple[Method, ...] = (corda_model, full_model, s2ft, polar, pissa, olora, corda, lora_ga, residual, lora)
 
 
 def lower(files: AdapterFiles, base: BaseModel) -> Lowered:

@@ -44,6 +44,30 @@ class TensorBag:
             raise NonFiniteError(f"tensor {name!r} holds NaN or infinity; the training diverged or the file is damaged")
         return values
 
+    def take_index(self, name: str, width: int) -> torch.Tensor:
+        """Remove a list of distinct places below `width` and return it as int64.
+
+        Raises:
+            MissingTensorError: there is none of that name.
+            ShapeError: it is no list of whole numbers, a place stands twice, or one is out of range.
+        """
+        index_S = self._left.pop(name, None)
+        if index_S is None:
+            raise MissingTensorError(f"tensor {name!r} is missing; the adapter is incomplete: save it again")
+        if index_S.dim() != 1 or index_S.dtype not in (torch.int32, torch.int64) or len(index_S) == 0:
+            raise ShapeError(
+                f"tensor {name!r} has shape {list(index_S.shape)} and dtype {index_S.dtype}; it must be a list of "
+                "int32 or int64 places, at least one"
+            )
+        if int(index_S.min()) < 0 or int(index_S.max()) >= width:
+            raise ShapeError(
+                f"tensor {name!r} names places {int(index_S.min())} to {int(index_S.max())}; there are 0 to "
+                f"{width - 1}: the adapter belongs to another base model"
+            )
+        if len(set(index_S.tolist())) != len(index_S):
+            raise ShapeError(f"tensor {name!r} names a place twice; which of the two changes counts cannot be told")
+        return index_S.long()
+
     def take_if_present(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
         """As `take`, but None when there is no such tensor."""
         return self.take(name, shape) if name in self._left else None

@@ -15,7 +15,7 @@ from tests.support.layouts_corda import corda_cache, corda_converted, corda_nati
 from tests.support.layouts_peft import eva, lora
 from tests.support.layouts_polar import polar
 from tests.support.layouts_residual import converted, lora_ga, native, on_residual, recomputed
-from tests.support.layouts_s2ft import s2ft_fused
+from tests.support.layouts_s2ft import s2ft_fused, s2ft_selection
 
 Maker = Callable[[Any, Path, int], Layout]
 
@@ -94,6 +94,7 @@ POLAR_LAYOUTS: dict[str, Maker] = {
 
 SPARSE_LAYOUTS: dict[str, Maker] = {
     "s2ft": s2ft_fused(),
+    "s2ft-selection": s2ft_selection(),
     "s2ft-in-order": s2ft_fused(reorder=False, channels=(1, 20, 0)),
     "s2ft-heads": s2ft_fused(channels=(0, 0, 0)),
     "s2ft-padded": s2ft_fused(heads=(0, 1, 0), padded_rows=8),

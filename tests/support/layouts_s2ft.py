@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests.support.layout import CHANGE, Layout
 from tests.support.models import load_dense
 
 Maker = Callable[[Any, Path, int], Layout]
+
+SELECTED = {
+    "mlp.down_proj": ("columns",),
+    "mlp.up_proj": ("rows",),
+    "self_attn.o_proj": ("columns", "rows"),
+}
 
 
 def s2ft_fused(
@@ -63,6 +71,37 @@ def s2ft_fused(
         if padded_rows:
             oracle.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
         return Layout(folder, oracle, "s2ft", deltas_OI={name: delta for name, delta in deltas.items() if delta.any()})
+
+    return write
+
+
+def s2ft_selection(dtype: torch.dtype = torch.float32) -> Maker:
+    """Motet's own small form, beside a dense merge; the places stand in no order, and one linear has both kinds."""
+
+    @torch.no_grad()
+    def write(model: Any, folder: Path, seed: int) -> Layout:
+        generator = torch.Generator().manual_seed(seed)
+        oracle, tensors, deltas = copy.deepcopy(model), {}, {}
+        for path, kinds in SELECTED.items():
+            for layer in range(model.config.num_hidden_layers):
+                name = f"model.layers.{layer}.{path}"
+                weight_OI = oracle.get_submodule(name).weight
+                before = weight_OI.clone()
+                for kind in kinds:
+                    width = weight_OI.shape[1 if kind == "columns" else 0]
+                    places = torch.randperm(width, generator=generator)[: 1 + layer * 4]
+                    part = (slice(None), places) if kind == "columns" else (places, slice(None))
+                    shape = weight_OI[part].shape
+                    delta = (CHANGE * 4 * before.std() * torch.randn(shape, generator=generator)).to(dtype)
+                    weight_OI[part] += delta.float()
+                    tensors[f"base_model.model.{name}.{kind}.index"] = places
+                    tensors[f"base_model.model.{name}.{kind}.delta"] = delta
+                deltas[name] = weight_OI.double() - before.double()
+        folder.mkdir(parents=True)
+        config = {"peft_type": "S2FT", "base_model_name_or_path": "tiny", "task_type": "CAUSAL_LM"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        return Layout(folder, oracle, "s2ft", deltas_OI=deltas)
 
     return write
 
