@@ -81,15 +81,17 @@ class Arena:
         self.units_NU = torch.empty((self.allocator.capacity, self.unit), dtype=dtype, device=device)
 
     def units_of(self, operand: torch.Tensor) -> int:
-        """Units that an operand takes: rows of whole units, or indices at four bytes each, rounded up."""
+        """Units that an operand takes, the last one perhaps in part; an index takes four bytes."""
         if operand.is_floating_point():
-            return operand.numel() // self.unit
+            return math.ceil(operand.numel() / self.unit)
         return math.ceil(operand.numel() * torch.int32.itemsize / self.unit_bytes)
 
     def write(self, start: int, operand: torch.Tensor) -> None:
-        """Copy rows [R, width], cast to the arena's dtype, or indices, as int32, to the units from `start` on."""
-        units = self.units_NU[start : start + self.units_of(operand)]
-        if operand.is_floating_point():
-            units.copy_(operand.reshape(units.shape))
-        else:
-            units.view(-1).view(torch.int32)[: operand.numel()].copy_(operand)
+        """Copy values, cast to the arena's dtype, or indices, as int32, to the units from `start` on."""
+        units = self.units_NU[start : start + self.units_of(operand)].view(-1)
+        kept = units if operand.is_floating_point() else units.view(torch.int32)
+        kept[: operand.numel()].copy_(operand.reshape(-1))
+
+    def view(self, start: int, shape: torch.Size) -> torch.Tensor:
+        """The values of this shape that begin at a unit; not copied."""
+        return self.units_NU[start:].view(-1)[: shape.numel()].view(shape)

@@ -6,7 +6,7 @@ Must not know: tokens, text, attention, where the weights live. A vision transfo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,7 +40,9 @@ class BaseModel:
         bias: target name → c [O] as float32 on the CPU; only for targets with a bias.
         weight_norm: target name → ‖W‖ (Frobenius), remembered.
         parameter_names: every parameter of the model, those of the targets too; a tied one has its first name only.
-        parameter: name → values as float32 on the CPU.
+        parameter: name → values as float32 on the CPU; also for the other names of tied ones.
+        tied: other name → first name, of parameters that several modules share.
+        replaceable: names, other names too, of the parameters that an overlay may replace.
     """
 
     name: str
@@ -52,3 +54,5 @@ class BaseModel:
     weight_norm: Callable[[str], float]
     parameter_names: frozenset[str]
     parameter: Callable[[str], torch.Tensor]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    replaceable: frozenset[str] = frozenset()

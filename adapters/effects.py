@@ -13,7 +13,7 @@ Effects are float32 on the CPU: lowering happens once, at load; the cast to the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -108,6 +108,8 @@ class Lowered:
         effects: target name → effects; only targets of the base it was lowered for.
         expected_targets: how many targets the configuration names.
         exact: whether the effects reproduce the trained model, up to rounding.
+        overlays: parameter of the base → float32 values that replace it: what no effect says more cheaply. A parameter
+            that two modules share is replaced in both when both paths are here, with the same tensor.
     """
 
     method: str
@@ -116,3 +118,4 @@ class Lowered:
     effects: Mapping[str, TargetEffects]
     expected_targets: int
     exact: bool = True
+    overlays: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -107,6 +107,11 @@ def _with_parents(targets: Iterable[str], modules: Iterable[str]) -> set[str]:
 
 def _pairs(lowered: Lowered) -> dict[str, LowRank]:
     pairs: dict[str, LowRank] = {}
+    if lowered.overlays:
+        raise UnsupportedError(
+            f"the adapter replaces {next(iter(lowered.overlays))!r} as a whole, which a plain LoRA pair cannot say; "
+            "serve the adapter itself"
+        )
     for target, effects in lowered.effects.items():
         for effect, name in (
             (effects.scale, "an output scale (as DoRA's)"),

@@ -26,7 +26,7 @@ from motet.adapters.effects import (
 )
 from motet.adapters.errors import CorruptSourceError
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the names or facts below change their meaning."""
 WHAT = "the lowered adapter"
 PARTS: Mapping[str, tuple[Callable[..., Any], Mapping[str, str]]] = {
@@ -37,6 +37,8 @@ PARTS: Mapping[str, tuple[Callable[..., Any], Mapping[str, str]]] = {
     "rows": (RowSparse, {"rows.idx": "index_S", "rows.V": "v_SI"}),
 }
 """Field of TargetEffects → its type, and name in the file → operand. An effect that is not here cannot be written."""
+OVERLAY = "overlay:"
+"""Before the path of a replaced parameter; one that two modules share is written once."""
 FACTS = ("method", "form", "scaling", "expected_targets", "exact")
 _LIMITS = Limits(header_bytes=64 << 20, weights_bytes=1 << 40, tensors=1_000_000)
 """Room for anything that was lowered: the source was limited already."""
@@ -48,8 +50,12 @@ def dump(lowered: Lowered) -> bytes:
     for target, effects in lowered.effects.items():
         for part, tensor in _parts(effects).items():
             tensors[f"{target}.{part}"] = tensor.clone(memory_format=torch.contiguous_format)
+    first_paths: dict[int, str] = {}
+    shared = {path: first_paths.setdefault(id(values), path) for path, values in lowered.overlays.items()}
+    for path in sorted(set(shared.values())):
+        tensors[OVERLAY + path] = lowered.overlays[path].clone(memory_format=torch.contiguous_format)
     facts = {name: getattr(lowered, name) for name in FACTS}
-    text = json.dumps({"format": FORMAT, "targets": list(lowered.effects), **facts})
+    text = json.dumps({"format": FORMAT, "targets": list(lowered.effects), "overlays": shared, **facts})
     # One entry only: safetensors writes several in random order.
     metadata = {"motet": json.dumps({"facts": text, "sha256": _checksum(text, tensors)})}
     return save(tensors, metadata)
@@ -70,7 +76,8 @@ def parse(content: bytes) -> Lowered:
         if facts["format"] != FORMAT:
             raise CorruptSourceError(f"{WHAT} is not of format {FORMAT}; lower the adapter again with this version")
         effects = {target: _effects(target, tensors) for target in facts["targets"]}
-        return Lowered(effects=effects, **{name: facts[name] for name in FACTS})
+        overlays = {path: tensors[OVERLAY + first] for path, first in facts["overlays"].items()}
+        return Lowered(effects=effects, overlays=overlays, **{name: facts[name] for name in FACTS})
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptSourceError(f"{WHAT} has other facts than motet writes; lower the adapter again") from error
 

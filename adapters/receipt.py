@@ -23,7 +23,7 @@ class Receipt:
     Attributes:
         ranks: smallest and largest true rank.
         targets_matched, targets_expected: linears with effects, and linears the configuration names.
-        relative_norms: target → ‖ΔW‖/‖W‖ (Frobenius).
+        relative_norms: target, or replaced parameter → ‖ΔW‖/‖W‖ (Frobenius).
         resident_bytes: what it takes in the serving dtype.
     """
 
@@ -51,9 +51,17 @@ def receipt(lowered: Lowered, digest: Digest, base: BaseModel, resident_bytes: i
         ranks=(min(ranks), max(ranks)) if ranks else (0, 0),
         targets_matched=len(lowered.effects),
         targets_expected=lowered.expected_targets,
-        relative_norms={name: relative_norm(effects, name, base) for name, effects in lowered.effects.items()},
+        relative_norms={
+            **{name: relative_norm(effects, name, base) for name, effects in lowered.effects.items()},
+            **{path: _replaced(values, base.parameter(path)) for path, values in lowered.overlays.items()},
+        },
         resident_bytes=resident_bytes,
     )
+
+
+def _replaced(values: torch.Tensor, own: torch.Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(own))
+    return float(torch.linalg.vector_norm(values - own)) / norm if norm else math.inf
 
 
 def relative_norm(effects: TargetEffects, target: str, base: BaseModel) -> float:

@@ -69,6 +69,7 @@ class Residency:
         self._tables = np.zeros((len(_COLUMNS), len(targets), 0), dtype=np.int32)
         self._vacant: list[Slot] = []
         self._ranges: dict[Slot, list[int]] = {}
+        self._overlays: dict[Slot, dict[str, torch.Tensor]] = {}
         self.epoch = 0
         """Changes whenever a slot gains or loses its addresses: what was built in the same epoch is still right."""
 
@@ -83,8 +84,13 @@ class Residency:
 
     def bytes_needed(self, lowered: Lowered) -> int:
         """Bytes the adapter takes in the arena."""
-        operands = (operand for effects in lowered.effects.values() for _, operand in _operands(effects))
+        operands = [operand for effects in lowered.effects.values() for _, operand in _operands(effects)]
+        operands += {id(values): values for values in lowered.overlays.values()}.values()
         return sum(self.arena.units_of(operand) for operand in operands) * self.arena.unit_bytes
+
+    def overlays(self, slot: Slot) -> Mapping[str, torch.Tensor]:
+        """Parameter → its replacement, a view of the arena."""
+        return self._overlays[slot]
 
     def place(self, lowered: Lowered) -> Slot:
         """Copy the adapter's operands into the arena.
@@ -93,9 +99,9 @@ class Residency:
             ArenaFullError: they do not fit; nothing was changed.
         """
         with self._lock:
-            ranges, column = self._allocate(lowered)
+            ranges, column, overlays = self._allocate(lowered)
             slot = self._vacant.pop() if self._vacant else Slot(len(self._ranges))
-            self._ranges[slot] = ranges
+            self._ranges[slot], self._overlays[slot] = ranges, overlays
             if slot >= self._tables.shape[2]:
                 grown = np.zeros((*self._tables.shape[:2], max(8, 2 * self._tables.shape[2])), dtype=np.int32)
                 grown[:, :, : self._tables.shape[2]] = self._tables
@@ -107,6 +113,7 @@ class Residency:
     def release(self, slot: Slot) -> None:
         """Free the slot; the caller guarantees that no step uses it."""
         with self._lock:
+            del self._overlays[slot]
             for start in self._ranges.pop(slot):
                 self.arena.allocator.free(start)
             self._vacant.append(slot)
@@ -117,26 +124,38 @@ class Residency:
         columns = self._tables[:, :, slots]
         return Addresses(*columns)
 
-    def _allocate(self, lowered: Lowered) -> tuple[list[int], Int32]:
+    def _allocate(self, lowered: Lowered) -> tuple[list[int], Int32, dict[str, torch.Tensor]]:
+        """First units, the column of the tables, and the views of the overlays; nothing where one does not fit."""
         ranges: list[int] = []
         column = np.zeros(self._tables.shape[:2], dtype=np.int32)
-        for name, effects in lowered.effects.items():
-            target = self._targets[name].index
-            for kind, rows in _operands(effects):
-                start = self.arena.allocator.allocate(self.arena.units_of(rows))
-                if start is None:
-                    for taken in ranges:
-                        self.arena.allocator.free(taken)
-                    raise self._full(lowered)
-                ranges.append(start)
-                self.arena.write(start, rows)
-                column[_COLUMNS.index(kind), target] = start
-            column[_COLUMNS.index("rank"), target] = effects.low_rank.rank if effects.low_rank else 0
-            column[_COLUMNS.index("columns"), target] = len(effects.columns.index_S) if effects.columns else 0
-            column[_COLUMNS.index("rows"), target] = len(effects.rows.index_S) if effects.rows else 0
-            column[_COLUMNS.index("has_scale"), target] = effects.scale is not None
-            column[_COLUMNS.index("has_bias"), target] = effects.bias is not None
-        return ranges, column
+        overlays: dict[str, torch.Tensor] = {}
+        placed: dict[int, torch.Tensor] = {}
+        try:
+            for name, effects in lowered.effects.items():
+                target = self._targets[name].index
+                for kind, operand in _operands(effects):
+                    column[_COLUMNS.index(kind), target] = self._write(operand, lowered, ranges)
+                for kind, count in _counts(effects):
+                    column[_COLUMNS.index(kind), target] = count
+            for path, values in lowered.overlays.items():
+                if id(values) not in placed:
+                    start = self._write(values, lowered, ranges)
+                    placed[id(values)] = self.arena.view(start, values.shape)
+                overlays[path] = placed[id(values)]
+        except ArenaFullError:
+            for taken in ranges:
+                self.arena.allocator.free(taken)
+            raise
+        return ranges, column, overlays
+
+    def _write(self, operand: torch.Tensor, lowered: Lowered, ranges: list[int]) -> int:
+        """The first unit of an operand that was copied into the arena; also noted in `ranges`."""
+        start = self.arena.allocator.allocate(self.arena.units_of(operand))
+        if start is None:
+            raise self._full(lowered)
+        ranges.append(start)
+        self.arena.write(start, operand)
+        return start
 
     def _full(self, lowered: Lowered) -> ArenaFullError:
         used = self.arena.allocator.used * self.arena.unit_bytes
@@ -161,3 +180,14 @@ def _operands(effects: TargetEffects) -> list[tuple[str, torch.Tensor]]:
     if effects.rows:
         operands += [("rows_first", effects.rows.v_SI), ("rows_index", effects.rows.index_S)]
     return operands
+
+
+def _counts(effects: TargetEffects) -> list[tuple[str, int]]:
+    """(table column, value) of what says how large an operand is, or that there is one."""
+    return [
+        ("rank", effects.low_rank.rank if effects.low_rank else 0),
+        ("columns", len(effects.columns.index_S) if effects.columns else 0),
+        ("rows", len(effects.rows.index_S) if effects.rows else 0),
+        ("has_scale", int(effects.scale is not None)),
+        ("has_bias", int(effects.bias is not None)),
+    ]

@@ -2,20 +2,21 @@
 
 S²FT trains some channels of the feed-forward layers and some attention heads, and leaves its checkpoint with channels
 and heads reordered. The order is recovered from what it does not train: the rows of gate_proj, the heads of q_proj and
-k_proj. Then a change of few columns (o_proj, down_proj) or few rows (v_proj, up_proj) remains.
+k_proj. Then a change of few columns (o_proj, down_proj) or few rows (v_proj, up_proj) remains. What is changed
+throughout, as LISA and other full fine-tunes change it, replaces the base's parameter.
 
-Source: https://arxiv.org/abs/2412.06289 and the fused checkpoints that its authors' code writes.
+Source: https://arxiv.org/abs/2412.06289 (S²FT), https://arxiv.org/abs/2403.17919 (LISA), and what their code writes.
 """
 
 from __future__ import annotations
 
 import torch
 
-from motet.adapters.base import BaseModel
-from motet.adapters.effects import ColumnSparse, Lowered, RowSparse, TargetEffects
-from motet.adapters.errors import ConfigError, UnmatchedTensorError, UnsupportedError
+from motet.adapters.base import BaseModel, Target
+from motet.adapters.effects import ColumnSparse, Lowered, OutputBias, RowSparse, TargetEffects
+from motet.adapters.errors import ConfigError, MissingTensorError, UnmatchedTensorError, UnsupportedError, listed
 from motet.adapters.methods import orders
-from motet.adapters.methods.base_weights import COMPUTED, TIED, alike, stored
+from motet.adapters.methods.base_weights import COMPUTED, alike, stored
 from motet.adapters.source import AdapterFiles, Layout
 
 NAME = "full-model"
@@ -33,72 +34,85 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
     """Lower the directory's difference from the base.
 
     Raises:
-        UnsupportedError: more differs than sparse effects can say.
         FormatError: the directory is not a fine-tune of this base.
     """
     files.require_no_start(NAME)
     order = orders.recover(files, base)
     effects: dict[str, TargetEffects] = {}
+    overlays: dict[str, torch.Tensor] = {}
     for name, target in base.targets.items():
-        values_OI = stored(files, f"{name}.weight", (target.out_width, target.in_width))
-        effect = _difference(order.undo(name, values_OI), base.weight(name), name)
-        if effect is not None:
-            effects[name] = effect
-    _require_rest(files, base, order)
-    if not effects:
+        values_OI = order.undo(name, stored(files, f"{name}.weight", (target.out_width, target.in_width)))
+        columns, rows, dense_OI = _difference(values_OI, base.weight(name))
+        bias = _bias(target, files, base, order)
+        if dense_OI is not None:
+            overlays[f"{name}.weight"] = dense_OI
+        if columns or rows or bias:
+            effects[name] = TargetEffects(bias=bias, columns=columns, rows=rows)
+    overlays |= _replaced(files, base)
+    if not effects and not overlays:
         raise ConfigError(f"the directory holds the weights of {base.name!r} itself: nothing was trained")
-    reordered = bool(order.rows or order.columns)
     return Lowered(
-        method="s2ft",
-        form="model directory, channels and heads reordered" if reordered else "model directory",
+        method=NAME if overlays else "s2ft",
+        form="model directory" + (", channels and heads reordered" if order.rows or order.columns else ""),
         scaling="none",
         effects=effects,
         expected_targets=len(effects),
+        overlays=overlays,
     )
 
 
-def _difference(values_OI: torch.Tensor, own_OI: torch.Tensor, name: str) -> TargetEffects | None:
-    """The cheaper of a column-sparse and a row-sparse change; None where nothing was trained."""
+Difference = tuple[ColumnSparse | None, RowSparse | None, torch.Tensor | None]
+"""At most one is there: a change of few columns, of few rows, or the whole new weight [O, I]."""
+
+
+def _difference(values_OI: torch.Tensor, own_OI: torch.Tensor) -> Difference:
     one_OI, other_OI = alike(values_OI, own_OI)
     changed_OI = one_OI != other_OI
     column_S, row_S = (changed_OI.any(dim).nonzero()[:, 0] for dim in (0, 1))
-    if len(column_S) == 0:
-        return None
     column_share, row_share = len(column_S) / changed_OI.shape[1], len(row_S) / changed_OI.shape[0]
+    if len(column_S) == 0:
+        return None, None, None
     if min(column_share, row_share) > LARGEST_SHARE:
-        raise UnsupportedError(
-            f"{name!r} differs from the base in {column_share:.0%} of its columns and {row_share:.0%} of its rows; "
-            f"only changes of at most {LARGEST_SHARE:.0%} of either (S²FT) are served: save the adapter as LoRA"
-        )
+        return None, None, values_OI.float().contiguous()
     if column_share <= row_share:
         delta_OS = values_OI[:, column_S].float() - own_OI[:, column_S]
-        return TargetEffects(columns=ColumnSparse(column_S, delta_OS.contiguous()))
-    return TargetEffects(rows=RowSparse(row_S, (values_OI[row_S].float() - own_OI[row_S]).contiguous()))
+        return ColumnSparse(column_S, delta_OS.contiguous()), None, None
+    return None, RowSparse(row_S, (values_OI[row_S].float() - own_OI[row_S]).contiguous()), None
 
 
-def _require_rest(files: AdapterFiles, base: BaseModel, order: orders.Orders) -> None:
-    """Require that everything but the targets' weights is the base's own.
+def _bias(target: Target, files: AdapterFiles, base: BaseModel, order: orders.Orders) -> OutputBias | None:
+    if not target.has_bias:
+        return None
+    own_O = base.bias(target.name)
+    values_O = order.undo_bias(target.name, stored(files, f"{target.name}.bias", (target.out_width,)))
+    one_O, other_O = alike(values_O, own_O)
+    return None if torch.equal(one_O, other_O) else OutputBias(values_O.float() - own_O)
+
+
+def _replaced(files: AdapterFiles, base: BaseModel) -> dict[str, torch.Tensor]:
+    """What differs of the parameters that are no targets', with every name of those that modules share.
 
     Note: training code pads the vocabulary; rows beyond the base's are left out.
     """
-    weights = {f"{name}.weight" for name in base.targets}
-    biases = {f"{name}.bias": name for name in base.targets}
-    for name in sorted(files.tensors.keys() - weights):
-        own = name if name in base.parameter_names else TIED.get(name, name)
-        if name.endswith(COMPUTED):
+    of_targets = {f"{name}.{part}" for name in base.targets for part in ("weight", "bias")}
+    if absent := base.parameter_names - files.tensors.keys():
+        raise MissingTensorError(f"the model directory lacks {listed(absent)}; it is incomplete or another model")
+    overlays: dict[str, torch.Tensor] = {}
+    for path in sorted(files.tensors.keys() - of_targets):
+        if path.endswith(COMPUTED):
             continue
-        if own not in base.parameter_names:
-            raise UnmatchedTensorError(f"the model directory has tensor {name!r}, which {base.name!r} has not")
-        expected = base.parameter(own)
-        values = files.tensors[name]
-        padded = values.dim() == 2 and values.shape[0] > expected.shape[0] and values.shape[1:] == expected.shape[1:]
-        values = values[: expected.shape[0]] if padded else stored(files, name, tuple(expected.shape))
-        if name in biases:
-            values = order.undo_bias(biases[name], values)
-        one, other = alike(values, expected)
+        if path not in base.parameter_names and path not in base.tied:
+            raise UnmatchedTensorError(f"the model directory has tensor {path!r}, which {base.name!r} has not")
+        own = base.parameter(path)
+        values = files.tensors[path]
+        padded = values.dim() == 2 and values.shape[0] > own.shape[0] and values.shape[1:] == own.shape[1:]
+        values = values[: own.shape[0]] if padded else stored(files, path, tuple(own.shape))
+        one, other = alike(values, own)
         if not torch.equal(one, other):
-            raise UnsupportedError(
-                f"tensor {name!r} was trained as well; of a model directory only the linear layers' weights are served"
-            )
-    if absent := sorted(base.parameter_names - files.tensors.keys()):
-        raise UnmatchedTensorError(f"the model directory lacks {absent[0]!r}; it is incomplete or another model")
+            overlays[path] = values.float().contiguous()
+    for path, first in base.tied.items():
+        if path not in files.tensors and first in overlays:
+            overlays[path] = overlays[first]
+    if stuck := overlays.keys() - base.replaceable:
+        raise UnsupportedError(f"{listed(stuck, 1)} was trained, which cannot be replaced for single rows")
+    return overlays

@@ -39,7 +39,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "lora": Recipe("low-rank adaptation", 1e-3),
+    "lora": Recipe("low-rank adaptation", 2e-3),
     "rslora": Recipe("LoRA scaled by alpha/sqrt(r)", 1e-3, alpha=8, peft={"use_rslora": True}),
     "dora": Recipe("LoRA with trained row norms", 1e-3, peft={"use_dora": True}),
     "eva": Recipe(

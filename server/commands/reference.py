@@ -47,6 +47,9 @@ class DenseReference:
             linear.weight = nn.Parameter(weight_OI, requires_grad=False)
             if bias_O is not None:
                 linear.bias = nn.Parameter(bias_O, requires_grad=False)
+        for path, values in lowered.overlays.items():
+            module, _, name = path.rpartition(".")
+            setattr(self._model.get_submodule(module), name, nn.Parameter(values.clone(), requires_grad=False))
 
 
 def base_fingerprint(path: str, dtype: str) -> str:

@@ -21,6 +21,7 @@ from motet.kernels.segments import Segments, TargetShape
 from motet.kernels.sparse import SparseSegments
 from motet.server.engine.types import Span
 from motet.server.model.inject import StepEffects
+from motet.server.model.overlay import OverlayPlan
 
 
 class Run(NamedTuple):
@@ -66,9 +67,14 @@ class EffectsBuilder:
         return StepEffects(
             low_rank=low_rank_plan(self._backend, arena_NU, self._shapes, segments, rows),
             sparse=self._sparse(addresses, row_start, row_stop, rows),
+            overlays=self._overlays(runs),
             scales=RowVectorPlan(arena_NU, out_widths, scales, rows),
             biases=RowVectorPlan(arena_NU, out_widths, biases, rows),
         )
+
+    def _overlays(self, runs: list[Run]) -> OverlayPlan | None:
+        found = [(run.start, run.stop, self._residency.overlays(run.slot)) for run in runs]
+        return OverlayPlan(found) if any(replacements for _, _, replacements in found) else None
 
     def _sparse(self, addresses: Addresses, row_start: Int32, row_stop: Int32, n_rows: int) -> SparsePlan | None:
         if not addresses.columns.any() and not addresses.rows.any():

@@ -16,14 +16,16 @@ from torch import nn
 
 from motet.kernels.epilogue import RowVectorPlan
 from motet.kernels.ops import LowRankPlan, SparsePlan
+from motet.server.model.overlay import OverlayPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepEffects:
-    """What the adapters of one step do, ready to apply to any target; sparse is None where no adapter is."""
+    """What the adapters of one step do, ready to apply to any target; None where no adapter does such."""
 
     low_rank: LowRankPlan
     sparse: SparsePlan | None
+    overlays: OverlayPlan | None
     scales: RowVectorPlan
     biases: RowVectorPlan
 
@@ -33,6 +35,12 @@ class ActiveStep:
 
     def __init__(self) -> None:
         self.effects: StepEffects | None = None
+        self.logit_rows: torch.Tensor | None = None
+
+    @property
+    def overlays(self) -> OverlayPlan | None:
+        """The step's replacements of whole parameters."""
+        return None if self.effects is None else self.effects.overlays
 
 
 class AdaptedLinear(nn.Module):
@@ -42,12 +50,12 @@ class AdaptedLinear(nn.Module):
     operands of each row's own adapter; one product with W for all rows.
     """
 
-    def __init__(self, linear: nn.Linear, target: int, step: ActiveStep) -> None:
+    def __init__(self, linear: nn.Linear, target: int, path: str, step: ActiveStep) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._target = target
+        self._target, self._path = target, path
         self._step = step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,6 +66,8 @@ class AdaptedLinear(nn.Module):
         x_TI = x.reshape(-1, self.in_features)
         scaled = effects.scales.touches(self._target)
         y_TO = F.linear(x_TI, self.weight, None if scaled else self.bias)
+        if effects.overlays is not None:
+            effects.overlays.linear_(self._path, y_TO, x_TI, None if scaled else self.bias)
         effects.low_rank.add_(self._target, y_TO, x_TI)
         if effects.sparse is not None and effects.sparse.touches(self._target):
             effects.sparse.add_(self._target, y_TO, x_TI)
@@ -78,7 +88,7 @@ def inject(model: nn.Module, step: ActiveStep, skip: frozenset[str]) -> dict[str
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name not in skip}
     adapted: dict[str, AdaptedLinear] = {}
     for index, (name, linear) in enumerate(linears.items()):
-        adapted[name] = AdaptedLinear(linear, index, step)
+        adapted[name] = AdaptedLinear(linear, index, name, step)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted[name])
     return adapted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from motet.server.model.attention import KvCache, LayerShape, PagedAttention
 from motet.server.model.errors import ModelNotFoundError, UnsupportedModelError
 from motet.server.model.fingerprint import fingerprint
 from motet.server.model.inject import ActiveStep, AdaptedLinear, inject
+from motet.server.model.overlay import OverlaidModules, RowDims
 from motet.server.model.selfcheck import SelfCheck
 
 _attention_names = (f"motet_paged_{i}" for i in itertools.count())
@@ -46,6 +47,7 @@ class LoadedModel:
     base: BaseModel
     attention: PagedAttention
     step: ActiveStep
+    overlaid: OverlaidModules
     layers: Mapping[int, LayerShape]
     dtype: torch.dtype
     device: torch.device
@@ -56,11 +58,7 @@ class LoadedModel:
 
     def forward(self, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, rows_n: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of the given rows."""
-        output = self.model(
-            input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, logits_to_keep=rows_n, return_dict=True
-        )
-        logits_nV: torch.Tensor = output.logits[0]
-        return logits_nV
+        return _forward(self.model, tokens_1T, positions_1T, rows_n)
 
     def allocate_cache(self, blocks: int, block_size: int) -> None:
         """Reserve the key-value cache."""
@@ -119,14 +117,25 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
         model.set_attn_implementation(attention_name)
         digest = fingerprint(model)
         head = model.get_output_embeddings()
-        adapted = inject(model, step, skip=frozenset(path for path, module in model.named_modules() if module is head))
-        loaded = LoadedModel(
+        head_path = next(path for path, module in model.named_modules() if module is head)
+        adapted = inject(model, step, skip=frozenset({head_path}))
+        others = _other_modules(model, adapted)
+        row_dims = RowDims(others)
+
+        def forward(tokens_1T: torch.Tensor, positions_1T: torch.Tensor, rows_n: torch.Tensor) -> torch.Tensor:
+            row_dims.expect(tokens_1T.shape[1])
+            return _forward(model, tokens_1T, positions_1T, rows_n)
+
+        check.compare(forward, attention)
+        dims = row_dims.finish(head_path)
+        return LoadedModel(
             name=name,
             model=model,
             tokenizer=tokenizer,
-            base=_base_model(name, digest, model, adapted),
+            base=_base_model(name, digest, model, adapted, dims.keys()),
             attention=attention,
             step=step,
+            overlaid=OverlaidModules(others, head_path, step, dims),
             layers=check.layers,
             dtype=model.dtype,
             device=model.device,
@@ -135,18 +144,39 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
             vocabulary=int(config.vocab_size),
             parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         )
-        check.compare(loaded.forward, attention)
-    return loaded
 
 
-def _base_model(name: str, digest: str, model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> BaseModel:
+def _forward(
+    model: nn.Module, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, rows_n: torch.Tensor
+) -> torch.Tensor:
+    output = model(
+        input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, logits_to_keep=rows_n, return_dict=True
+    )
+    logits_nV: torch.Tensor = output.logits[0]
+    return logits_nV
+
+
+def _other_modules(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> dict[str, nn.Module]:
+    """Modules with parameters of their own that are no targets."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path not in adapted and any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def _base_model(
+    name: str, digest: str, model: nn.Module, adapted: Mapping[str, AdaptedLinear], overlaid: Collection[str]
+) -> BaseModel:
     targets = {
         path: Target(index, path, linear.in_features, linear.out_features, linear.bias is not None)
         for index, (path, linear) in enumerate(adapted.items())
     }
-    others = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first_names = {id(parameter): path for path, parameter in model.named_parameters()}
+    tied = {path: first for path, p in parameters.items() if (first := first_names[id(p)]) != path}
+    weights = {f"{path}.weight" for path in targets}
+    replaceable = weights | {path for path in parameters if path.rpartition(".")[0] in overlaid}
 
     def parameter(path: str) -> torch.Tensor:
         return parameters[path].detach().to("cpu", torch.float32)
@@ -162,12 +192,14 @@ def _base_model(name: str, digest: str, model: nn.Module, adapted: Mapping[str, 
         name=name,
         fingerprint=digest,
         targets=targets,
-        other_modules=frozenset(others - targets.keys()),
+        other_modules=frozenset(_other_modules(model, adapted)),
         weight=weight,
         bias=lambda path: parameter(f"{path}.bias"),
         weight_norm=weight_norm,
-        parameter_names=frozenset(parameters),
+        parameter_names=frozenset(parameters.keys() - tied.keys()),
         parameter=parameter,
+        tied=tied,
+        replaceable=frozenset(replaceable),
     )
 
 

@@ -39,9 +39,11 @@ class ModelRunner:
         needed, drawing = _logit_rows(spans)
         loaded.attention.batch = AttentionBatch(spans, self._cache, loaded.device)
         loaded.step.effects = self._effects.build(spans)
+        if loaded.step.overlays is not None:
+            loaded.overlaid.install()
         try:
             tokens_1T, positions_1T = token_tensors(spans, loaded.device)
-            rows_n = torch.tensor(needed, dtype=torch.int64, device=loaded.device)
+            rows_n = loaded.step.logit_rows = torch.tensor(needed, dtype=torch.int64, device=loaded.device)
             logits_nV = loaded.forward(tokens_1T, positions_1T, rows_n)
         finally:
             loaded.attention.batch = None

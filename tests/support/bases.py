@@ -21,7 +21,9 @@ def base_of(model: Any, name: str = "base") -> BaseModel:
     }
     parents = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
 
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters())
+    tied = {path: next(first for first in own if own[first] is p) for path, p in parameters.items() if path not in own}
 
     def parameter(path: str) -> torch.Tensor:
         return parameters[path].detach().float()
@@ -38,8 +40,10 @@ def base_of(model: Any, name: str = "base") -> BaseModel:
         weight=lambda path: parameter(f"{path}.weight"),
         bias=lambda path: parameter(f"{path}.bias"),
         weight_norm=lambda path: float(torch.linalg.vector_norm(parameter(f"{path}.weight"))),
-        parameter_names=frozenset(parameters),
+        parameter_names=frozenset(own),
         parameter=parameter,
+        tied=tied,
+        replaceable=frozenset(path for path in parameters if not path.endswith("_proj.bias")),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.support.layout import Layout
 from tests.support.layouts_corda import corda_cache, corda_converted, corda_native, corda_official, corda_residual
+from tests.support.layouts_full import fine_tuned
 from tests.support.layouts_peft import eva, lora
 from tests.support.layouts_polar import polar
 from tests.support.layouts_residual import converted, lora_ga, native, on_residual, recomputed
@@ -99,9 +100,17 @@ SPARSE_LAYOUTS: dict[str, Maker] = {
     "s2ft-heads": s2ft_fused(channels=(0, 0, 0)),
     "s2ft-padded": s2ft_fused(heads=(0, 1, 0), padded_rows=8),
 }
-"""Whole models of which a few channels and heads were trained."""
+"""Of which a few channels and heads were trained."""
 
-LAYOUTS: dict[str, Maker] = {**PEFT_LAYOUTS, **RESIDUAL_LAYOUTS, **POLAR_LAYOUTS, **SPARSE_LAYOUTS}
+FULL_LAYOUTS: dict[str, Maker] = {
+    "lisa": fine_tuned("layers.1.", "embed_tokens", "model.norm", "lm_head"),
+    "lisa-frozen-embedding": fine_tuned("layers.0.", "layers.2."),
+    "full-fine-tune": fine_tuned(""),
+    "norms": fine_tuned("norm"),
+}
+"""Whole models of which some parameters were trained throughout."""
+
+LAYOUTS: dict[str, Maker] = {**PEFT_LAYOUTS, **RESIDUAL_LAYOUTS, **POLAR_LAYOUTS, **SPARSE_LAYOUTS, **FULL_LAYOUTS}
 
 _NEEDS: dict[str, str] = {"lora-bias": "qwen2", "corda-official": "llama"}
 """The only family a layout exists for: `lora_bias` needs biases, CorDA's architecture is Llama's."""

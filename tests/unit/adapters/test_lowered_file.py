@@ -46,6 +46,7 @@ def awkward() -> Lowered:
         },
         expected_targets=7,
         exact=False,
+        overlays={"model.norm.weight": odd, "embed.weight": shared, "head.weight": shared, "model.a": shared[:, 2]},
     )
 
 
@@ -59,7 +60,7 @@ def parts(effects: TargetEffects) -> dict[str, torch.Tensor]:
 
 def assert_same(one: Lowered, other: Lowered) -> None:
     for field in dataclasses.fields(Lowered):
-        if field.name != "effects":
+        if field.name not in ("effects", "overlays"):
             assert getattr(one, field.name) == getattr(other, field.name), field.name
     assert list(one.effects) == list(other.effects), "the order of targets is part of it"
     for target in one.effects:
@@ -68,11 +69,24 @@ def assert_same(one: Lowered, other: Lowered) -> None:
         for name, tensor in mine.items():
             assert its[name].dtype == tensor.dtype
             assert its[name].shape == tensor.shape
-            assert torch.equal(tensor.contiguous().view(torch.uint8), its[name].contiguous().view(torch.uint8)), name
+            assert_same_bytes(tensor, its[name])
+    assert list(one.overlays) == list(other.overlays)
+    for path, values in one.overlays.items():
+        assert_same_bytes(values, other.overlays[path])
+
+
+def assert_same_bytes(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def test_a_shared_parameter_is_written_once_and_shared_again() -> None:
+    overlays = parse(dump(awkward())).overlays
+    assert overlays["embed.weight"] is overlays["head.weight"]
+    assert overlays["model.a"] is not overlays["head.weight"]
 
 
 def test_the_file_knows_every_field() -> None:
-    assert {field.name for field in dataclasses.fields(Lowered)} == {"effects", *FACTS}
+    assert {field.name for field in dataclasses.fields(Lowered)} == {"effects", "overlays", *FACTS}
     assert {field.name for field in dataclasses.fields(TargetEffects)} == PARTS.keys()
     for kind, parts in PARTS.values():
         assert sorted(field.name for field in dataclasses.fields(kind)) == sorted(parts.values())  # type: ignore[arg-type]

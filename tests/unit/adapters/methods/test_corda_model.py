@@ -17,7 +17,6 @@ from motet.adapters.errors import (
     ShapeError,
     UnmatchedTensorError,
     UnsafeFormatError,
-    UnsupportedError,
 )
 from motet.adapters.spec import Declared
 from tests.support.bases import base_of
@@ -168,8 +167,11 @@ def test_weights_as_a_pickle_are_refused(llama: Bench, directory: Path) -> None:
         llama.lower(directory)
 
 
-def test_merged_models_are_refused(llama: Bench, tmp_path: Path) -> None:
-    """A merged PiSSA or CorDA model is a full fine-tune."""
-    llama.merged(llama.layout("pissa", tmp_path / "pissa").folder).save_pretrained(tmp_path / "model")
-    with pytest.raises(UnsupportedError, match="of its columns and"):
-        llama.lower(tmp_path / "model")
+def test_a_merged_model_is_a_full_fine_tune(llama: Bench, tmp_path: Path) -> None:
+    """As PiSSA's and CorDA's authors publish them too: weights are replaced, bit for bit."""
+    merged = llama.merged(llama.layout("pissa", tmp_path / "pissa").folder)
+    merged.save_pretrained(tmp_path / "model")
+    lowered = llama.lower(tmp_path / "model")
+    assert (lowered.method, lowered.exact, lowered.effects) == ("full-model", True, {})
+    assert {path.removesuffix(".weight") for path in lowered.overlays} == llama.base.targets.keys()
+    assert all(torch.equal(merged.get_parameter(path), values) for path, values in lowered.overlays.items())

@@ -15,11 +15,16 @@ from motet.adapters.methods import lower
 from motet.adapters.source import read
 from tests.support.bases import base_of
 from tests.support.layout import Layout
-from tests.support.layouts import POLAR_LAYOUTS, RESIDUAL_LAYOUTS, SPARSE_LAYOUTS, layouts_of, make
+from tests.support.layouts import FULL_LAYOUTS, POLAR_LAYOUTS, RESIDUAL_LAYOUTS, SPARSE_LAYOUTS, layouts_of, make
 from tests.support.models import FAMILIES
 from tests.support.tolerances import TOLERANCES
 
-CASES = [(family, name) for family in ("llama", "qwen2") for name in layouts_of(family) if name not in SPARSE_LAYOUTS]
+CASES = [
+    (family, name)
+    for family in ("llama", "qwen2")
+    for name in layouts_of(family)
+    if name not in {**SPARSE_LAYOUTS, **FULL_LAYOUTS}
+]
 
 
 @pytest.fixture(scope="module")
