@@ -60,6 +60,13 @@ def modules(key: str, value: object) -> str | tuple[str, ...]:
     raise ConfigError(f"{key}={value!r} is neither a regular expression nor a list of module names")
 
 
+def names(key: str, value: object) -> tuple[str, ...]:
+    """A list of names."""
+    if isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise ConfigError(f"{key}={value!r} is not a list of module names")
+
+
 def patterns(key: str, value: object) -> tuple[str, ...]:
     """Regular expressions of layer lists; one alone may stand without a list."""
     patterns = (value,) if isinstance(value, str) else value

@@ -23,6 +23,7 @@ from motet.adapters.methods.config_values import (
     boolean,
     layer_numbers,
     modules,
+    names,
     number,
     one_of,
     pattern_table,
@@ -35,7 +36,7 @@ ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 SERVED = frozenset(
     "alpha_pattern bias exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias "
-    "peft_type r rank_pattern target_modules use_dora use_rslora".split()
+    "modules_to_save peft_type r rank_pattern target_modules use_dora use_rslora".split()
 )
 """Keys that change the result and are honoured."""
 
@@ -57,7 +58,6 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "loftq_config": ((None, {}), "LoftQ, which replaces the base model by its own quantised residual"),
     "lora_ga_config": ((None,), "LoRA-GA, which changes the base model"),
     "megatron_config": ((None,), "Megatron layers"),
-    "modules_to_save": ((None, []), "fully trained modules (modules_to_save)"),
     "target_parameters": ((None, []), "adapters on bare parameters"),
     "trainable_token_indices": ((None, [], {}), "trained token embeddings"),
     "use_bdlora": ((None, False), "block-diagonal LoRA"),
@@ -88,6 +88,7 @@ class PeftLoraConfig:
     Attributes:
         target_modules, exclude_modules: a regular expression for the whole path, or path endings.
         layers_to_transform: layer numbers, or None for all.
+        modules_to_save: endings of the paths of modules that were trained as a whole.
         rank_pattern, alpha_pattern: (regular expression for a path ending, value), first match wins.
     """
 
@@ -101,6 +102,7 @@ class PeftLoraConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     rank_pattern: tuple[tuple[str, int], ...]
     alpha_pattern: tuple[tuple[str, float], ...]
 
@@ -184,6 +186,7 @@ def parse(config: Mapping[str, Any], honoured: frozenset[str] = frozenset(), ste
         exclude_modules=modules("exclude_modules", config.get("exclude_modules") or ()),
         layers_to_transform=layer_numbers(config.get("layers_to_transform")),
         layers_pattern=patterns("layers_pattern", config.get("layers_pattern") or ()),
+        modules_to_save=names("modules_to_save", config.get("modules_to_save") or ()),
         rank_pattern=pattern_table("rank_pattern", config.get("rank_pattern") or {}, positive_int),
         alpha_pattern=pattern_table("alpha_pattern", config.get("alpha_pattern") or {}, number),
     )

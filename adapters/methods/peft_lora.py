@@ -53,6 +53,7 @@ def lower_folder(
         for name in (bag.modules_with(".bias") & base.targets.keys()) - effects.keys():
             if base.targets[name].has_bias:
                 effects[name] = TargetEffects(bias=_replaced_bias(base.targets[name], bag, base))
+    overlays = _saved_modules(config, bag, base)
     _refuse_known_leftovers(bag)
     bag.require_empty()
     if not effects:
@@ -63,7 +64,26 @@ def lower_folder(
         scaling=config.scaling_rule,
         effects=effects,
         expected_targets=len(expected),
+        overlays=overlays,
     )
+
+
+def _saved_modules(config: PeftLoraConfig, bag: TensorBag, base: BaseModel) -> dict[str, torch.Tensor]:
+    """Modules that were trained as a whole; each name of a tied parameter is a module of its own, as in PEFT."""
+    overlays: dict[str, torch.Tensor] = {}
+    for path in sorted({*base.parameter_names, *base.tied}):
+        parts = path.split(".")
+        modules = (".".join(parts[:stop]) for stop in range(1, len(parts)))
+        if any(module.endswith(name) for module in modules for name in config.modules_to_save):
+            overlays[path] = bag.take(PREFIX + path, tuple(base.parameter(path).shape))
+    unknown = [name for name in config.modules_to_save if not any(f"{name}." in f"{path}." for path in overlays)]
+    if unknown:
+        raise UnsupportedError(
+            f"modules_to_save names {unknown[0]!r}, which {base.name!r} has not; it cannot be served"
+        )
+    if stuck := overlays.keys() - base.replaceable:
+        raise UnsupportedError(f"modules_to_save names {listed(stuck, 1)}, which cannot be replaced for single rows")
+    return overlays
 
 
 def _lower_target(

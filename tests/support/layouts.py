@@ -44,6 +44,9 @@ PEFT_LAYOUTS: dict[str, Maker] = {
     "lora-bias": lora(lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj"]),
     "dora-bias": lora(use_dora=True, bias="lora_only", target_modules=["q_proj", "v_proj", "up_proj"]),
     "eva": eva(),
+    "saved-head": lora(r=2, target_modules=QV, modules_to_save=["lm_head"]),
+    "saved-embedding-and-head": lora(r=2, target_modules=QV, modules_to_save=["embed_tokens", "lm_head"]),
+    "saved-norms": lora(r=2, target_modules=QV, modules_to_save=["input_layernorm", "norm"]),
 }
 """Forms of which the pair is the whole change."""
 

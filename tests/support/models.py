@@ -104,6 +104,8 @@ def save_peft(model: Any, folder: Path, config: LoraConfig, seed: int, strength:
                 parameter.add_(strength * torch.randn(parameter.shape, generator=generator))
             elif "lora_A" in name:
                 parameter.copy_(strength * torch.randn(parameter.shape, generator=generator))
+            elif "modules_to_save" in name:
+                parameter.mul_(1 + strength * torch.randn(parameter.shape, generator=generator))
     peft_model.save_pretrained(folder)
     return folder
 

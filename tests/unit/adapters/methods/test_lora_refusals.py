@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from motet.adapters.errors import (
     UnmatchedTensorError,
     UnsupportedError,
 )
+from motet.adapters.methods import lower
+from motet.adapters.source import read
 from tests.unit.adapters.conftest import Bench, Tensors, edit
 from tests.unit.adapters.methods.changes import drop, poison, put, rename
 
@@ -104,7 +107,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[AdapterError], str]] = {
     "the head": ({"target_modules": ["q_proj", "embed_tokens"]}, UnsupportedError, "embed_tokens"),
     "DoRA without magnitudes": ({"use_dora": True}, MissingTensorError, "lora_magnitude_vector"),
     "lora_bias without biases": ({"lora_bias": True}, MissingTensorError, r"lora_B\.bias"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, UnsupportedError, "modules_to_save"),
+    "a saved module without tensors": ({"modules_to_save": ["lm_head"]}, MissingTensorError, r"lm_head\.weight"),
+    "a saved module of no base": (
+        {"modules_to_save": ["score"]},
+        UnsupportedError,
+        "names 'score', which 'base'",
+    ),
+    "saved modules that are none": ({"modules_to_save": "lm_head"}, ConfigError, "not a list of module names"),
     "LoftQ": ({"init_lora_weights": "loftq"}, UnsupportedError, "LoftQ"),
     "PiSSA at random": ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "initial"),
     "CorDA": ({"init_lora_weights": "corda"}, UnsupportedError, "CorDA"),
@@ -129,14 +138,17 @@ def test_no_tensors_and_no_targets_is_refused(llama: Bench, tmp_path: Path) -> N
         llama.lower(folder)
 
 
-@pytest.mark.parametrize("trained", ["embedding", "norm"])
-def test_adapters_that_peft_saves_beyond_the_linears_are_refused(llama: Bench, tmp_path: Path, trained: str) -> None:
-    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
-    if trained == "embedding":
-        options = {"target_modules": ["q_proj", "embed_tokens"]}
-    folder = llama.save(tmp_path / "adapter", **options)
+def test_lora_on_an_embedding_is_refused(llama: Bench, tmp_path: Path) -> None:
+    folder = llama.save(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(UnsupportedError):
         llama.lower(folder)
+
+
+def test_a_saved_module_that_no_row_can_replace_is_refused(llama: Bench, tmp_path: Path) -> None:
+    folder = llama.save(tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["norm"])
+    assert "model.norm.weight" in llama.lower(folder).overlays
+    with pytest.raises(UnsupportedError, match="cannot be replaced for single rows"):
+        lower(read(folder), dataclasses.replace(llama.base, replaceable=frozenset()))
 
 
 def test_missing_base_bias_is_refused(qwen2: Bench, tmp_path: Path) -> None:
