@@ -20,7 +20,8 @@
     │   ├── InvalidNameError
     │   ├── SourceChangedError
     │   └── ArenaFullError
-    └── ExportError              the folder to write cannot be written
+    ├── ExportError              the folder to write cannot be written
+    └── RecipeError              see recipes/errors.py
 
 Every message names the thing, the value, the limit and the remedy. No message carries a path of the server.
 """
