@@ -26,9 +26,6 @@ ROUNDING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 SMALLEST = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-24}
 """Largest absolute difference that storing a value in the dtype explains: float16 has few small numbers."""
 
-TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-"""Where a base with tied embeddings keeps what a directory may hold twice."""
-
 COMPUTED = (".rotary_emb.inv_freq",)
 """Endings of buffers that old checkpoints hold and models compute."""
 
@@ -97,10 +94,9 @@ def require_base_weights(
     for name in sorted(model.tensors):
         if name in changed or name.endswith(COMPUTED):
             continue
-        own = name if name in base.parameter_names else TIED.get(name, name)
-        if own not in base.parameter_names:
+        if name not in base.parameter_names and name not in base.tied:
             raise UnmatchedTensorError(f"the model directory has tensor {name!r}, which {base.name!r} has not")
-        expected = base.parameter(own)
+        expected = base.parameter(name)
         values = stored(model, name, tuple(expected.shape))
         smallest = max(SMALLEST[values.dtype], SMALLEST[_resident_dtype(expected)])
         allowed = rounding(values, expected) * expected.abs() + smallest
