@@ -29,9 +29,16 @@ def peft_config(config: Any, base_name: str) -> dict[str, Any]:
 
 
 def write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Write both files, the configuration last: a folder that has one is complete."""
+    """Write both files, the configuration last: a folder that has one is complete.
+
+    Args:
+        dtype: of the tensors that are no indices.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    cast = {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}
+    cast = {
+        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
     (folder / WEIGHTS_FILE).write_bytes(save(cast, metadata={"format": "pt"}))  # as readable as other files
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order of their own
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

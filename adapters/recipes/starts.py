@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from motet.adapters.recipes import corda, eva, plain, polar
+from motet.adapters.recipes import corda, eva, plain, polar, s2ft
 from motet.adapters.recipes.trainee import Setup, Trainee
 
 STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
@@ -20,4 +20,5 @@ STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
     "corda-ipm": corda.ipm,
     "corda-kpm": corda.kpm,
     "polar": polar.start,
+    "s2ft": s2ft.start,
 }

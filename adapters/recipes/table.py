@@ -79,5 +79,6 @@ RECIPES: Mapping[str, Recipe] = {
         peft={"init_lora_weights": "corda"},
     ),
     "polar": Recipe("orthonormal factors around a free core, trained on the landing field", 4e-3, alpha=32),
+    "s2ft": Recipe("some channels and heads as they are, the rest without gradient", 1e-3, targets=("down_proj",)),
 }
 """Rank, targets, steps and batch are small enough for minutes on two cores."""
