@@ -33,11 +33,11 @@ def claims_table(results: list[dict[str, Any]]) -> str:
         if run["arguments"]["method"] == "lora"
     }
     lines = [
-        "| method, learning rate | held-out loss after 10, 25, 50, 100, 150 steps | less LoRA's, by row "
+        "| method, learning rate | held-out loss after 10, 25, 50, 100, 150 steps | less LoRA's, per answer "
         "| ARC-Easy accuracy | loss of its right answers | stable rank |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for run in results:
+    for run in sorted(results, key=lambda run: (run["arguments"]["learning_rate"], run["arguments"]["seed"])):
         arguments, found = run["arguments"], run["results"]
         rate, seed = arguments["learning_rate"], arguments["seed"]
         is_base = arguments["method"] == "base"
@@ -54,7 +54,7 @@ def claims_table(results: list[dict[str, Any]]) -> str:
 
 
 def difference(ours: list[float], theirs: list[float] | None) -> str:
-    """Mean difference of a row's loss, in nats, with its standard error."""
+    """Mean difference of an answer's summed loss, in nats, with its standard error."""
     if theirs is None or ours == theirs:
         return ""
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
