@@ -98,3 +98,18 @@ def test_the_claims_are_the_committed_results() -> None:
     assert all(not run["machine"]["git_dirty"] for run in results)
     same = [{**run["arguments"], "method": 0, "alpha": 0, "learning_rate": 0, "seed": 0} for run in results]
     assert all(arguments == same[0] for arguments in same)
+
+
+def test_the_decision_on_centring_quotes_the_committed_errors() -> None:
+    (line,) = (ROOT / "docs" / "results" / "centred-bf16.jsonl").read_text().splitlines()
+    run = json.loads(line)
+    assert not run["machine"]["git_dirty"]
+    page = (ROOT / "docs" / "adr" / "0007-residual-adapters-are-centred.md").read_text()
+    names = {
+        "stacked": "stacked",
+        "centred": "centred",
+        "residual": "what the trainer's own bfloat16 W − s·B0 A0 loses",
+    }
+    for key, name in names.items():
+        cells = " | ".join(f"{row[key]:.1e}".replace("e-0", "e-") for row in run["results"])
+        assert f"| {name} | {cells} |" in page
