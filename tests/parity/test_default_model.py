@@ -29,7 +29,9 @@ NAMES: list[str | None] = [None, *FOLDERS]
 OTHERS = [
     name
     for name, config in CONFIGS.items()
-    if config["init_lora_weights"] is not True or "adapter_name" in config or (FOLDERS[name] / "corda_init").is_dir()
+    if config.get("init_lora_weights", True) is not True
+    or "adapter_name" in config
+    or (FOLDERS[name] / "corda_init").is_dir()
 ]
 """Adapters of which the saved pair is not the whole change."""
 QUESTIONS = (
@@ -62,7 +64,10 @@ def _oracle(model_folder: Path, name: str | None, dtype: torch.dtype) -> Any:
     model = _model(model_folder, dtype)
     if name is None:
         return model
-    folder, config = FOLDERS[name], PeftConfig.from_pretrained(str(FOLDERS[name]))
+    folder = FOLDERS[name]
+    if CONFIGS[name]["peft_type"] == "S2FT":
+        return _with_selection(model, folder)
+    config = PeftConfig.from_pretrained(str(folder))
     if "adapter_name" in CONFIGS[name]:
         return _with_theta(model, folder, CONFIGS[name])
     if (folder / INITIAL).is_dir():
@@ -81,6 +86,21 @@ def _take_out(model: Any, initial: Path) -> None:
     for path, (a_RI, b_OR, _) in _factors(initial).items():
         weight_OI = model.get_submodule(path).weight
         weight_OI.copy_(weight_OI.double() - scale * (b_OR @ a_RI))
+
+
+@torch.no_grad()
+def _with_selection(model: Any, folder: Path) -> Any:
+    """S²FT, merged: the selected columns or rows changed."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key, delta in tensors.items():
+        if not key.endswith(".delta"):
+            continue
+        stem = key.removesuffix(".delta")
+        path, _, kind = stem.removeprefix("base_model.model.").rpartition(".")
+        weight_OI, index_S = model.get_submodule(path).weight, tensors[f"{stem}.index"]
+        part = (slice(None), index_S) if kind == "columns" else (index_S, slice(None))
+        weight_OI[part] = (weight_OI[part].double() + delta.double()).to(weight_OI.dtype)
+    return model
 
 
 @torch.no_grad()
@@ -158,8 +178,8 @@ def made(model_folder: Path, prompts: list[list[int]]) -> dict[str | None, list[
 
 def test_there_are_three_clearly_different_examples() -> None:
     assert len(FOLDERS) >= 3
-    keys = ("use_dora", "use_rslora", "r", "init_lora_weights", "adapter_name")
-    kinds = {(*(config.get(key) for key in keys), len(config["target_modules"])) for config in CONFIGS.values()}
+    keys = ("peft_type", "use_dora", "use_rslora", "r", "init_lora_weights", "adapter_name")
+    kinds = {(*(config.get(key) for key in keys), len(config.get("target_modules", []))) for config in CONFIGS.values()}
     assert len(kinds) == len(FOLDERS)
 
 
