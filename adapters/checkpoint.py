@@ -43,14 +43,14 @@ class MappedTensors(Mapping[str, torch.Tensor]):
         return len(self._shards)
 
 
-def read_checkpoint(folder: Path, limits: Limits) -> tuple[dict[str, Any], MappedTensors, str, int]:
-    """Configuration, tensors, SHA-256 of all files, and bytes of the weights.
+def read_checkpoint(folder: Path, limits: Limits) -> tuple[dict[str, Any], MappedTensors, str]:
+    """Configuration, tensors, and SHA-256 of all files.
 
     Raises:
         SourceError: a file is missing, leaves the folder, is a pickle, or is damaged.
     """
     config_bytes = read_file(folder, MODEL_CONFIG, limits.config_bytes)
-    digest, weights_bytes = hashlib.sha256(config_bytes), 0
+    digest = hashlib.sha256(config_bytes)
     shards: dict[str, Any] = {}
     for name in _shard_names(folder, limits):
         path = check_place(folder, name)
@@ -61,7 +61,6 @@ def read_checkpoint(folder: Path, limits: Limits) -> tuple[dict[str, Any], Mappe
             check_header(name, start, size, limits)
             file.seek(0)
             digest.update(hashlib.file_digest(file, "sha256").digest())
-        weights_bytes += size
         try:
             opened = safe_open(path, framework="pt", device="cpu")
             names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
@@ -70,7 +69,7 @@ def read_checkpoint(folder: Path, limits: Limits) -> tuple[dict[str, Any], Mappe
         if twice := shards.keys() & names:
             raise CorruptSourceError(f"tensor {sorted(twice)[0]!r} stands in two shards; save the model again")
         shards |= dict.fromkeys(names, opened)
-    return parse_object(MODEL_CONFIG, config_bytes), MappedTensors(shards), digest.hexdigest(), weights_bytes
+    return parse_object(MODEL_CONFIG, config_bytes), MappedTensors(shards), digest.hexdigest()
 
 
 def _shard_names(folder: Path, limits: Limits) -> list[str]:

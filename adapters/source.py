@@ -42,7 +42,6 @@ class AdapterFiles:
         config: the parsed adapter_config.json, or config.json of a model directory.
         tensors: name → tensor, in the file's dtype, on the CPU.
         digest: SHA-256 over all files and declarations.
-        weights_bytes: size of the weights.
         initial: the adapter before training, from a declaration or a sub-folder.
         initial_folder: the name of its folder, where that is one of INITIAL_FOLDERS.
         residual: the model directory the adapter was declared to be trained on.
@@ -53,7 +52,6 @@ class AdapterFiles:
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     digest: Digest
-    weights_bytes: int
     initial: AdapterFiles | None = None
     initial_folder: str | None = None
     residual: AdapterFiles | None = None
@@ -170,8 +168,8 @@ def _read_folder(folder: Path, limits: Limits) -> AdapterFiles:
         if not folder.is_dir():
             raise SourceNotFoundError(f"adapter source {folder.name!r} is not a folder; give the folder PEFT saved")
         if (folder / MODEL_CONFIG).exists() and not (folder / CONFIG_FILE).exists():
-            config, tensors, digest, weights_bytes = read_checkpoint(folder, limits)
-            return AdapterFiles(Layout.MODEL, config, tensors, Digest(digest), weights_bytes)
+            config, tensors, digest = read_checkpoint(folder, limits)
+            return AdapterFiles(Layout.MODEL, config, tensors, Digest(digest))
         return _read_peft(folder, limits)
     except OSError as error:
         raise SourceNotFoundError(
@@ -199,5 +197,4 @@ def _read_peft(folder: Path, limits: Limits) -> AdapterFiles:
         config=parse_object(CONFIG_FILE, config),
         tensors=parse_tensors(WEIGHTS_FILE, weights, limits),
         digest=Digest(digest.hexdigest()),
-        weights_bytes=len(weights),
     )

@@ -106,7 +106,7 @@ def _replaced(files: AdapterFiles, base: BaseModel) -> dict[str, torch.Tensor]:
         own = base.parameter(path)
         values = files.tensors[path]
         padded = values.dim() == 2 and values.shape[0] > own.shape[0] and values.shape[1:] == own.shape[1:]
-        values = values[: own.shape[0]] if padded else stored(files, path, tuple(own.shape))
+        values = stored(files, path, tuple(values.shape if padded else own.shape))[: own.shape[0]]
         one, other = alike(values, own)
         if not torch.equal(one, other):
             overlays[path] = values.float().contiguous()

@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from motet.server.model.errors import UnsupportedModelError
-
 Replacements = Mapping[str, torch.Tensor]
 """Path of a parameter in the model → its values for one adapter."""
 
@@ -109,22 +107,23 @@ class OverlaidModules:
                 return None
             dim = self._row_dims[path]
             for run in runs:
-                rows = self._rows(path, run, output.device)
+                first, rows = self._rows(path, run)
                 self._inside = True
                 try:
-                    part = functional_call(module, dict(run.parameters), (inputs[0].index_select(dim, rows),))
+                    part = functional_call(module, dict(run.parameters), (inputs[0].narrow(dim, first, rows),))
                 finally:
                     self._inside = False
-                output.index_copy_(dim, rows, part)
+                output.narrow(dim, first, rows).copy_(part)
             return output
 
         return again
 
-    def _rows(self, path: str, run: OverlaidRun, device: torch.device) -> torch.Tensor:
+    def _rows(self, path: str, run: OverlaidRun) -> tuple[int, int]:
+        """First row of the module's input that is the run's, and how many; the needed rows are ascending."""
         if path != self._head or self._step.logit_rows is None:
-            return torch.arange(run.start, run.stop, device=device)
-        needed_n = self._step.logit_rows
-        return ((needed_n >= run.start) & (needed_n < run.stop)).nonzero()[:, 0]
+            return run.start, run.stop - run.start
+        first, stop = (int((self._step.logit_rows < row).sum()) for row in (run.start, run.stop))
+        return first, stop - first
 
 
 class RowDims:
@@ -154,15 +153,8 @@ class RowDims:
         """Take the hooks out again.
 
         Returns:
-            path → dimension, for the modules that ran on the step's rows.
-
-        Raises:
-            UnsupportedModelError: a module's rows cannot be told from its other dimensions.
+            path → dimension, for the modules whose rows can be told; parameters of others cannot be replaced.
         """
         for handle in self._handles:
             handle.remove()
-        dims = {path: min(possible) for path, possible in self._possible.items() if possible}
-        for path, possible in self._possible.items():
-            if len(possible) > 1:
-                raise UnsupportedModelError(f"which dimension of the input of {path!r} are the rows cannot be told")
-        return {**dims, head: 1}
+        return {**{path: min(dims) for path, dims in self._possible.items() if len(dims) == 1}, head: 1}

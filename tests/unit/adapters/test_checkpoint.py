@@ -44,21 +44,19 @@ def sharded(whole: Path) -> Path:
 
 
 def test_whole_directory(whole: Path) -> None:
-    config, tensors, digest, size = read_checkpoint(whole, DEFAULT_LIMITS)
+    config, tensors, digest = read_checkpoint(whole, DEFAULT_LIMITS)
     assert config == {"architectures": ["X"]}
     assert set(tensors) == {"one", "two"}
     assert len(tensors) == 2
     assert torch.equal(tensors["one"], ONE["one"])
     assert tensors["two"].dtype == torch.bfloat16
-    assert size == (whole / WHOLE).stat().st_size
     assert len(digest) == 64
 
 
 def test_shards_are_one_directory(sharded: Path) -> None:
-    _, tensors, _, size = read_checkpoint(sharded, DEFAULT_LIMITS)
+    _, tensors, _ = read_checkpoint(sharded, DEFAULT_LIMITS)
     assert torch.equal(tensors["one"], ONE["one"])
     assert torch.equal(tensors["two"], TWO["two"])
-    assert size == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
 
 
 def test_a_source_may_be_a_model_directory(whole: Path) -> None:

@@ -17,6 +17,7 @@ from motet.adapters.errors import (
     AdapterError,
     ConfigError,
     MissingTensorError,
+    NonFiniteError,
     ShapeError,
     UnmatchedTensorError,
     UnsupportedError,
@@ -180,3 +181,12 @@ def test_a_parameter_that_no_row_can_replace_is_refused(tmp_path: Path) -> None:
     base = dataclasses.replace(base_of(model), replaceable=frozenset())
     with pytest.raises(UnsupportedError, match=r"'model\.norm\.weight' was trained, which cannot be replaced"):
         lower(read(layout.folder), base)
+
+
+def test_a_padded_embedding_is_checked_like_any_tensor(tmp_path: Path) -> None:
+    layout = s2ft_fused(padded_rows=8)(tiny_llama(), tmp_path / "model", 1)
+    tensors = load_file(layout.folder / WHOLE)
+    tensors["model.embed_tokens.weight"][3, 3] = torch.nan
+    save_file(tensors, layout.folder / WHOLE, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="embed_tokens"):
+        lower(read(layout.folder), base_of(tiny_llama()))

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from motet.adapters.errors import ArenaFullError
-from motet.server.model.errors import UnsupportedModelError
 from motet.server.model.overlay import OverlaidModules, OverlayPlan, RowDims
 from tests.support.harness import Harness
 from tests.support.layouts_full import fine_tuned
@@ -70,12 +69,11 @@ def test_rows_may_be_any_dimension(norm: nn.Module) -> None:
     assert torch.equal(found[:, :, 2], nn.functional.layer_norm(X.view(1, 2, 3, 4), (4,))[:, :, 2])
 
 
-def test_rows_that_cannot_be_told_from_heads_are_refused(norm: nn.Module) -> None:
+def test_a_module_whose_rows_cannot_be_told_from_heads_cannot_be_replaced(norm: nn.Module) -> None:
     dims = RowDims({"norm": norm})
     dims.expect(3)
     norm(torch.zeros(1, 3, 3, 4))
-    with pytest.raises(UnsupportedModelError, match="'norm' are the rows"):
-        dims.finish("head")
+    assert dims.finish("head") == {"head": 1}
 
 
 @pytest.fixture
