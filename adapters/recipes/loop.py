@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 
 from motet.adapters.recipes.corpus import Corpus
-from motet.adapters.recipes.forward import answer_losses
+from motet.adapters.recipes.forward import answer_logits, answer_losses
 from motet.adapters.recipes.trainee import Trainee
 
 WARMUP_SHARE = 0.05
@@ -50,7 +50,7 @@ class State:
 
     Attributes:
         losses: of each step that is done.
-        tensors: the trained tensors and the optimiser's moments, by name.
+        tensors: the trained tensors, what else the trainee keeps, and the optimiser's moments, by name.
     """
 
     losses: tuple[float, ...]
@@ -87,10 +87,15 @@ class Loop:
         batches = self.corpus.batches(schedule.steps, schedule.batch, schedule.seed)
         for batch in islice(batches, self.done, None):
             self._optimizer.param_groups[0]["lr"] = schedule.rate(self.done)
+            self._trainee.before_step(self.done, schedule.steps)
+            self._forget_frozen()
             self._trainee.model.train()
             with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-                loss = answer_losses(self._trainee.model, self.corpus.prefix, batch).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+                logits_NV, labels_N = answer_logits(self._trainee.model, self.corpus.prefix, batch)
+                loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
+                further = self._trainee.further_loss
+                total = loss if further is None else loss + further(logits_NV, labels_N)
+            total.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trainee.trainable.values(), LARGEST_NORM)
             self._trainee.correct_gradients()
             self._optimizer.step()
@@ -98,9 +103,15 @@ class Loop:
             self._losses.append(loss.item())
             yield self._losses[-1]
 
+    def _forget_frozen(self) -> None:
+        """The optimiser keeps no moments of what does not train: no memory for them, no push when it trains again."""
+        for parameter in self._trainee.trainable.values():
+            if not parameter.requires_grad:
+                self._optimizer.state.pop(parameter, None)
+
     def state(self) -> State:
         """A copy of what the next step depends on."""
-        tensors = {}
+        tensors = {name: tensor.clone() for name, tensor in self._trainee.kept.items()}
         for name, parameter in self._trainee.trainable.items():
             tensors[name] = parameter.detach().clone()
             kept = self._optimizer.state[parameter]
@@ -110,11 +121,13 @@ class Loop:
     def restore(self, state: State) -> None:
         """Go on from a state of a run with the same schedule, corpus and start."""
         with torch.no_grad():
-            for name, parameter in self._trainee.trainable.items():
-                parameter.copy_(state.tensors[name])
-                if state.losses:
-                    kept = {moment: state.tensors[f"{name}@{moment}"].clone() for moment in MOMENTS}
-                    self._optimizer.state[parameter] = kept
+            for name, tensor in {**self._trainee.trainable, **self._trainee.kept}.items():
+                tensor.copy_(state.tensors[name])
+        for name, parameter in self._trainee.trainable.items():
+            if f"{name}@{MOMENTS[0]}" in state.tensors:
+                self._optimizer.state[parameter] = {
+                    moment: state.tensors[f"{name}@{moment}"].clone() for moment in MOMENTS
+                }
         self._losses = list(state.losses)
 
 

@@ -6,7 +6,7 @@ Must not know: which methods there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,20 @@ class Trainee:
         trainable: the tensors that training changes, by the names of the saved file.
         save: writes the folder in the method's own layout.
         correct_gradients: called between clipping and the optimiser's step.
+        before_step: called before each step with the number of steps done and of all; may freeze tensors and unfreeze
+            them. What it does depends on nothing else that changes, so that a run can be taken up.
+        further_loss: of the logits float32 [N, V] and labels [N] of a step's answer tokens; added to their mean cross
+            entropy.
+        kept: further tensors that the next step depends on, changed in place.
     """
 
     model: Any
     trainable: Mapping[str, nn.Parameter]
     save: Callable[[Path], None]
     correct_gradients: Callable[[], None] = lambda: None
+    before_step: Callable[[int, int], None] = lambda done, steps: None
+    further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def round_as_saved(self, dtype: torch.dtype) -> None:
         """Make the trained tensors what a file of this dtype gives back."""
