@@ -56,7 +56,7 @@ class Trainee:
     trainable: Mapping[str, nn.Parameter]
     save: Callable[[Path], None]
     correct_gradients: Callable[[], None] = lambda: None
-    before_step: Callable[[int, int], None] = lambda done, steps: None
+    before_step: Callable[[int, int], None] = lambda *_: None
     further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
