@@ -1,0 +1,50 @@
+"""The tables of docs/methods.md that are drawn from result files other than the claims'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "methods.md"
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """The lines of a result file, each measured with a clean commit."""
+    lines = [json.loads(line) for line in (DOCS / "results" / name).read_text().splitlines()]
+    assert lines
+    assert not any(line["machine"]["git_dirty"] for line in lines)
+    return lines
+
+
+def sparse_table(lines: list[dict[str, Any]]) -> str:
+    """Switching an adapter and serving eight, by width, in float32."""
+    table = [
+        "| width | bytes of S = 32, rank 16, rank 32 | write into the weight, µs: columns, rows, rank 16, rank 32 "
+        "| 8 adapters on 32 rows, µs: columns, rows, rank 16, rank 32 |",
+        "| --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        if line["arguments"]["dtype"] != "float32":
+            continue
+        work = {
+            (each["effect"], each["rank"]): each for each in line["work"] if (each["rows"], each["adapters"]) == (32, 8)
+        }
+        switch = {
+            (each["effect"], each["rank"]): each["write"]["median_us"]
+            for each in line["switch"]
+            if each["restore_by"] == "copy"
+        }
+        kinds = [("column", 32), ("row", 32), ("lora", 16), ("lora", 32)]
+        sizes = (f"{work[kind]['operand_bytes'] // 8:,}" for kind in (kinds[0], *kinds[2:]))
+        written = (f"{switch[kind]:,.0f}" for kind in kinds)
+        steps = (f"{work[kind]['step']['median_us']:,.0f}" for kind in kinds)
+        table.append(
+            f"| {line['arguments']['width']} | {' · '.join(sizes)} | {' · '.join(written)} | {' · '.join(steps)} |"
+        )
+    return "\n".join(table)
+
+
+def test_the_sparse_table_is_the_committed_result() -> None:
+    assert sparse_table(results("sparse-cpu.jsonl")) in PAGE.read_text()
