@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from motet.adapters.checkpoint import MODEL_CONFIG
 from motet.adapters.recipes import checkpoint, knowledge
 from motet.adapters.recipes.corpus import Corpus, packed
 from motet.adapters.recipes.errors import OutputError, TargetError
@@ -50,6 +51,17 @@ class Order:
     batch: int
     seed: int
     threads: int
+
+    def __post_init__(self) -> None:
+        """Refuse what the method would have to ignore.
+
+        Raises:
+            TargetError: a rank, alpha or targets for a method that trains the base's own parameters.
+        """
+        given = (("--rank", self.rank), ("--alpha", self.alpha), ("--targets", ",".join(self.targets)))
+        meaningless = [f"{option} {value}" for option, value in given if value]
+        if meaningless and not RECIPES[self.method].targets:
+            raise TargetError(f"{meaningless[0]} means nothing to {self.method!r}, which trains whole layers; drop it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,8 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
 
 
 def _check_targets(order: Order, base: Base) -> None:
+    if not RECIPES[order.method].targets:
+        return
     widths = {
         path: min(module.in_features, module.out_features)
         for path, module in base.model.named_modules()
@@ -125,7 +139,7 @@ class Run:
         """
         self._order, self._out, self._keep_every = order, out, keep_every
         self._unfinished = out / UNFINISHED
-        if (out / CONFIG_FILE).exists():
+        if (out / CONFIG_FILE).exists() or (out / MODEL_CONFIG).exists():
             raise OutputError(f"--out {out.name!r} holds an adapter already; name another folder, or remove it")
         if self._unfinished.exists() and not resume:
             raise OutputError(f"--out {out.name!r} holds an unfinished run; go on with --resume, or remove the folder")

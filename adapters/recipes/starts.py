@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from motet.adapters.recipes import corda, eva, plain, polar, s2ft
+from motet.adapters.recipes import corda, eva, lisa, plain, polar, s2ft
 from motet.adapters.recipes.trainee import Setup, Trainee
 
 STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
@@ -21,4 +21,6 @@ STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
     "corda-kpm": corda.kpm,
     "polar": polar.start,
     "s2ft": s2ft.start,
+    "lisa": lisa.lisa,
+    "full": lisa.full,
 }

@@ -20,7 +20,8 @@ class Recipe:
 
     Attributes:
         learning_rate: at its highest, after the warm-up.
-        targets: last names of the linear layers that are adapted.
+        targets: last names of the linear layers that are adapted; none where the base's own parameters are trained, of
+            which rank and alpha, then 0, say nothing either.
         saved_dtype: of the saved tensors. Where the initial pair is part of the base, the change is a difference of
             two pairs and bfloat16 would round most of it away.
         peft: further fields of PEFT's LoraConfig.
@@ -80,5 +81,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "polar": Recipe("orthonormal factors around a free core, trained on the landing field", 4e-3, alpha=32),
     "s2ft": Recipe("some channels and heads as they are, the rest without gradient", 1e-3, targets=("down_proj",)),
+    "lisa": Recipe("whole layers, a few at a time, and the embedding: a whole model", 3e-4, 0, 0, targets=()),
+    "full": Recipe("every parameter all the time: a whole model", 1e-4, 0, 0, targets=()),
 }
 """Rank, targets, steps and batch are small enough for minutes on two cores."""

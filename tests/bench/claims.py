@@ -38,6 +38,8 @@ STEPS = 150
 LOOK_AT = (10, 25, 50, 100, 150)
 """Steps after which the held-out loss is measured."""
 RANK, TARGETS, BATCH, THREADS = 6, ("q_proj", "v_proj"), 8, 1
+SPARSE_TARGETS = ("down_proj",)
+"""S²FT's, with about as many parameters as the rank gives the others; whole models have neither rank nor targets."""
 POLAR_ALPHA = 32
 """The authors'; of the others alpha is the rank, as in the paper on PiSSA."""
 HELD_OUT_ROWS, QUESTIONS = 128, 300
@@ -53,18 +55,30 @@ PLAN: Sequence[Run] = (
     *((method, 1e-3, 0) for method in ("lora", "pissa", "corda-kpm", "corda-ipm")),
     *((method, 4e-3, 0) for method in ("polar", "lora", "corda-kpm", "corda-ipm", "pissa")),
     ("polar", 1e-3, 0),
+    *(("lisa", 3e-4, 0), ("full", 1e-4, 0), ("s2ft", 4e-3, 0), ("s2ft", 1e-3, 0), ("lisa", 1e-3, 0), ("full", 3e-4, 0)),
     *((method, rate, 0) for method in ("olora", "eva") for rate in (1e-3, 4e-3)),
     *((method, rate, 1) for rate in (1e-3, 4e-3) for method in ("lora", "corda-kpm", "corda-ipm", "pissa", "polar")),
 )
 
 
+def shape(method: str) -> tuple[int, int, tuple[str, ...]]:
+    """Rank, alpha and targets of a method."""
+    if method in RECIPES and not RECIPES[method].targets:
+        return 0, 0, ()
+    return RANK, POLAR_ALPHA if method == "polar" else RANK, SPARSE_TARGETS if method == "s2ft" else TARGETS
+
+
 def arguments(run: Run) -> dict[str, Any]:
     """Everything that shapes a run."""
-    method, rate, seed = run
-    alpha = POLAR_ALPHA if method == "polar" else RANK
-    order = Order(method, TASK, RANK, alpha, TARGETS, STEPS, rate, BATCH, seed, THREADS)
     held_out = {"held_out_rows": HELD_OUT_ROWS, "questions": QUESTIONS, "rows_seed": ROWS_SEED}
-    return json.loads(json.dumps({**asdict(order), **held_out, "base": BASE_NAME}))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({**shaped(run), **held_out, "base": BASE_NAME}))  # type: ignore[no-any-return]
+
+
+def shaped(run: Run) -> dict[str, Any]:
+    """The fields of the run's order; the base model has them too, as those it is compared with."""
+    method, rate, seed = run
+    fields = (method, TASK, *shape(method), STEPS, rate, BATCH, seed, THREADS)
+    return dict(zip(Order.__slots__, fields, strict=True))
 
 
 def measure(run: Run, model_folder: Path, data: Path, keep: Path | None) -> dict[str, Any]:
@@ -81,15 +95,15 @@ def measure(run: Run, model_folder: Path, data: Path, keep: Path | None) -> dict
     rows = chosen.sample(examples(TASKS[TASK], data, "dev"), HELD_OUT_ROWS)
     questions = chosen.sample(knowledge.questions(data, "test"), QUESTIONS)
     corpus = Corpus.of(tokenizer, rows)
-    before = {path: weight.clone() for path, weight in measures.effective_weights(model, TARGETS).items()}
+    looked_at = shape(method)[2] or TARGETS
+    before = {path: weight.clone() for path, weight in measures.effective_weights(model, looked_at).items()}
     results: dict[str, Any] = {}
     if method == BASE:
         trainee = Trainee(model, {}, save=lambda _: None)
         results["held_out"] = {"0": asdict(measures.held_out(trainee, corpus))}
     else:
-        order = Order(**{**{name: arguments(run)[name] for name in Order.__slots__}, "targets": TARGETS})
         start_s = time.perf_counter()
-        trainee, loop = begin(order, Base(BASE_NAME, model, tokenizer), data)
+        trainee, loop = begin(Order(**shaped(run)), Base(BASE_NAME, model, tokenizer), data)
         results["start_s"] = round(time.perf_counter() - start_s, 2)
         results["held_out"], step_s = {}, time.perf_counter()
         training_s = 0.0
@@ -103,11 +117,14 @@ def measure(run: Run, model_folder: Path, data: Path, keep: Path | None) -> dict
             step_s = time.perf_counter()
         results["training_s"] = round(training_s, 1)
         results["training_losses"] = [round(loss, 4) for loss in loop.losses]
-        results["change"] = asdict(measures.change(before, measures.effective_weights(trainee.model, TARGETS)))
+        results["parameters"] = asdict(measures.parameters(trainee))
+        results["change"] = asdict(measures.change(before, measures.effective_weights(trainee.model, looked_at)))
     results["knowledge"] = asdict(measures.knowledge(trainee.model, tokenizer, questions))
-    if keep is not None and method != BASE:
+    if method != BASE:
         trainee.round_as_saved(getattr(torch, RECIPES[method].saved_dtype))
-        trainee.save(keep / f"{method}-{rate:g}-{seed}")
+        results["held_out_as_saved"] = measures.held_out(trainee, corpus).loss
+        if keep is not None:
+            trainee.save(keep / f"{method}-{rate:g}-{seed}")
     return results
 
 

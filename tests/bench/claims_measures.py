@@ -56,17 +56,40 @@ class Knowledge:
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """Elements of the tensors that training may change.
+
+    Args:
+        at_once: those that have a gradient at the end; LISA's take turns.
+    """
+
+    all: int
+    at_once: int
+
+
+@dataclass(frozen=True)
 class Change:
-    """The change of the adapted weights, mean over targets.
+    """The change of the adapted weights, mean over the targets that changed.
 
     Args:
         stable_rank: ‖ΔW‖_F² / ‖ΔW‖_2².
         relative_norm: ‖ΔW‖_F / ‖W‖_F.
+        targets: how many changed.
     """
 
     stable_rank: float
     stable_rank_standard_error: float
     relative_norm: float
+    targets: int
+
+
+def parameters(trainee: Trainee) -> Parameters:
+    """What the trainee trains."""
+    tensors = trainee.trainable.values()
+    return Parameters(
+        all=sum(parameter.numel() for parameter in tensors),
+        at_once=sum(parameter.numel() for parameter in tensors if parameter.requires_grad),
+    )
 
 
 def held_out(trainee: Trainee, corpus: Corpus) -> HeldOut:
@@ -118,11 +141,13 @@ def effective_weights(model: Any, targets: Sequence[str]) -> dict[str, torch.Ten
 
 
 def change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> Change:
-    """Of every target, all of which must have changed."""
+    """Of the targets that changed, two of them at least: LISA leaves some layers as they are."""
     ranks, norms = [], []
     for path, weight_OI in before.items():
         delta_OI = after[path] - weight_OI
+        if not delta_OI.any():
+            continue
         total = float(torch.linalg.matrix_norm(delta_OI))
         ranks.append((total / float(torch.linalg.matrix_norm(delta_OI, 2))) ** 2)
         norms.append(total / float(torch.linalg.matrix_norm(weight_OI)))
-    return Change(fmean(ranks), stdev(ranks) / math.sqrt(len(ranks)), fmean(norms))
+    return Change(fmean(ranks), stdev(ranks) / math.sqrt(len(ranks)), fmean(norms), len(ranks))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from motet.adapters.recipes.run import Base, Order
+from motet.adapters.recipes.table import RECIPES
 from tests.support.models import tiny_llama
 from tests.support.tokenizer import byte_tokenizer
 
@@ -62,11 +63,12 @@ def base() -> Callable[[], Base]:
 @pytest.fixture
 def order() -> Callable[..., Order]:
     def make(method: str = "lora", **changes: Any) -> Order:
+        adapted = bool(RECIPES[method].targets)
         defaults: dict[str, Any] = {
             "task": "wikisql",
-            "rank": 3,
-            "alpha": 6,
-            "targets": ("q_proj", "v_proj"),
+            "rank": 3 if adapted else 0,
+            "alpha": 6 if adapted else 0,
+            "targets": ("q_proj", "v_proj") if adapted else (),
             "steps": 6,
             "learning_rate": 1e-2,
             "batch": 4,

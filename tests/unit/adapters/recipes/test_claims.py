@@ -19,6 +19,7 @@ from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS, examples
 from motet.adapters.recipes.trainee import Trainee
 from tests.bench import claims, claims_measures as measures
+from tests.support.models import tiny_llama
 from tests.support.tolerances import TOLERANCES
 
 CLOSE = TOLERANCES["logits", torch.float32].atol
@@ -33,6 +34,24 @@ def test_the_stable_rank_of_a_known_change() -> None:
     assert found.stable_rank == pytest.approx(2.25, abs=CLOSE)
     assert found.stable_rank_standard_error == pytest.approx(0, abs=CLOSE)
     assert found.relative_norm == pytest.approx(1.5 * math.sqrt(20.25 / 6), abs=CLOSE)
+    assert found.targets == 2
+    untouched = torch.randn(6, 6)
+    before, after = {"a": weight, "b": weight, "c": untouched}, {"a": weight + delta, "b": weight + 2 * delta}
+    assert measures.change(before, {**after, "c": untouched.clone()}) == found
+
+
+def test_parameters_are_counted_that_train_now_and_ever(
+    base: Callable[[], Base], order: Callable[..., Order], data: Path
+) -> None:
+    """LoRA: 2 layers, rank 3 beside q (48 + 48) and v (48 + 24). LISA: all of them, γ layers at a time."""
+    trainee, _ = begin(order("lora"), base(), data)
+    assert measures.parameters(trainee) == measures.Parameters(all=1008, at_once=1008)
+    deep = tiny_llama(num_hidden_layers=5, vocab_size=320, max_position_embeddings=512)
+    trainee, loop = begin(order("lisa"), Base("deep", deep, base().tokenizer), data)
+    next(iter(loop))
+    layer = sum(parameter.numel() for parameter in deep.model.layers[0].parameters())
+    outside = 320 * 48 + 48
+    assert measures.parameters(trainee) == measures.Parameters(all=outside + 5 * layer, at_once=outside + 2 * layer)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "polar"])
@@ -93,8 +112,10 @@ def test_every_run_of_the_plan_is_alike_but_for_what_it_compares() -> None:
     assert len({json.dumps(line) for line in lines}) == len(lines)
     for line in lines:
         assert line["method"] == claims.BASE or line["method"] in RECIPES
-        fixed = {name: line[name] for name in line if name not in ("method", "learning_rate", "seed", "alpha")}
+        own = {"s2ft": {"targets"}, "lisa": {"targets", "rank"}, "full": {"targets", "rank"}}.get(line["method"], set())
+        fixed = {name: line[name] for name in line if name not in {"method", "learning_rate", "seed", "alpha", *own}}
         assert fixed == {name: lines[0][name] for name in fixed}
+        assert all(line[name] != lines[0][name] for name in own)
         assert line["alpha"] == (32 if line["method"] == "polar" else line["rank"])
 
 
@@ -137,8 +158,12 @@ def test_a_run_is_measured_from_start_to_end(
     assert found["held_out"].keys() == {"2", "4"}
     assert len(found["training_losses"]) == 4
     assert 1 <= found["change"]["stable_rank"] <= 6
+    assert found["held_out_as_saved"] == pytest.approx(found["held_out"]["4"]["loss"], abs=CLOSE), "CorDA is float32"
     assert len(found["knowledge"]["right"]) == 5
     assert (tmp_path / "keep" / "corda-kpm-0.003-0" / "corda_init" / "adapter_config.json").exists()
+    whole = claims.measure(("lisa", 3e-3, 0), tmp_path / "model", tmp_path / "data", None)
+    assert whole["change"]["targets"] == 4
+    assert 0 < abs(whole["held_out_as_saved"] - whole["held_out"]["4"]["loss"]) < 0.1, "bfloat16"
     before = claims.measure((claims.BASE, 0.0, 0), tmp_path / "model", tmp_path / "data", None)
     assert before["held_out"].keys() == {"0"}
     assert asdict(measures.Knowledge(**before["knowledge"])) == before["knowledge"]

@@ -14,7 +14,7 @@ import torch
 import transformers
 from click.testing import CliRunner, Result
 
-from motet.adapters.recipes.errors import DataError, OutputError
+from motet.adapters.recipes.errors import DataError, OutputError, TargetError
 from motet.adapters.recipes.run import Base
 from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS
@@ -35,7 +35,7 @@ def model(base: Callable[[], Base], tmp_path_factory: pytest.TempPathFactory) ->
 def train(model: Path, data: Path, tmp_path: Path) -> Iterator[Train]:
     def call(method: str, *options: str) -> Result:
         fixed = ["--task", "wikisql", "--out", str(tmp_path / "out"), "--model", str(model), "--data", str(data)]
-        small = ["--steps", "3", "--threads", "1", "--rank", "3"]
+        small = ["--steps", "3", "--threads", "1", *(["--rank", "3"] if RECIPES[method].targets else [])]
         return CliRunner().invoke(training.train, [method, *fixed, *small, *options])
 
     yield call
@@ -90,6 +90,26 @@ def test_a_stopped_run_is_resumed(train: Train, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 0, result.output
     assert seen == [1]
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == wanted
+
+
+def test_a_whole_model_is_trained_and_scored(train: Train, tmp_path: Path) -> None:
+    result = train("lisa", "--score", "1")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "scores.json",
+    }
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["rank"], scores["alpha"], scores["targets"]) == (0, 0, [])
+
+
+def test_a_rank_for_a_whole_model_is_refused_before_anything_is_loaded(train: Train) -> None:
+    result = train("full", "--rank", "4", "--score", "1")
+    assert isinstance(result.exception, TargetError)
+    assert str(result.exception) == "--rank 4 means nothing to 'full', which trains whole layers; drop it"
+    assert "loading" not in result.output
 
 
 def test_without_peft_the_remedy_is_named(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
