@@ -92,6 +92,10 @@ class Arena:
         kept = units if operand.is_floating_point() else units.view(torch.int32)
         kept[: operand.numel()].copy_(operand.reshape(-1))
 
+    def index(self, start: int, count: int) -> torch.Tensor:
+        """The int32 indices that begin at a unit; not copied."""
+        return self.units_NU[start:].view(-1).view(torch.int32)[:count]
+
     def view(self, start: int, shape: torch.Size) -> torch.Tensor:
         """The values of this shape that begin at a unit; not copied."""
         return self.units_NU[start:].view(-1)[: shape.numel()].view(shape)

@@ -17,7 +17,7 @@ import time
 import uuid
 from pathlib import Path
 
-from motet.adapters import effects, methods
+from motet.adapters import approximate, effects, methods, signs
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import CorruptSourceError
 from motet.adapters.lowered_file import dump, parse
@@ -120,13 +120,16 @@ class LoweredCache:
 
 @functools.cache
 def lowering_code() -> str:
-    """Hexadecimal SHA-256 over the source files of the methods and the effects."""
+    """Hexadecimal SHA-256 over the source files of the methods, the effects and the lossy forms."""
     assert methods.__file__ is not None
-    assert effects.__file__ is not None
     folder = Path(methods.__file__).parent
+    beside = [Path(module.__file__ or "") for module in (approximate, effects, signs)]
+    files = {file.name: file for file in beside} | {
+        str(file.relative_to(folder.parent)): file for file in sorted(folder.rglob("*.py"))
+    }
     digest = hashlib.sha256()
-    for file in (Path(effects.__file__), *sorted(folder.rglob("*.py"))):
+    for name, file in files.items():
         content = file.read_bytes()
-        digest.update(f"{file.relative_to(folder.parent)} {len(content)} ".encode())
+        digest.update(f"{name} {len(content)} ".encode())
         digest.update(content)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ Must not know: methods, files, devices, kernels. With base weight W [O, I], bias
     h = W x + B (g ⊙ (A x))          LowRank
     h = h + V x[idx]                 ColumnSparse
     h[idx] = h[idx] + V x            RowSparse
+    h = h + α (sign x)               SignDelta
     y = (1 + d) ⊙ h + c + b          OutputScale (d), OutputBias (b)
 
 Effects are float32 on the CPU: lowering happens once, at load; the cast to the serving dtype comes last.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -62,6 +64,19 @@ class RowSparse:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SignDelta:
+    """Adds ``α (sign x)``: a change of every weight by the same amount, up or down. Only on request: it is lossy.
+
+    Attributes:
+        word_OP: [O, P] int32, 32 signs of a row each, see `motet.adapters.signs`.
+        alpha_1: [1] float32, α.
+    """
+
+    word_OP: torch.Tensor
+    alpha_1: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class OutputScale:
     """Multiplies the product (not the bias of the base) by ``1 + d``.
 
@@ -95,6 +110,26 @@ class TargetEffects:
     bias: OutputBias | None = None
     columns: ColumnSparse | None = None
     rows: RowSparse | None = None
+    sign: SignDelta | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GateSpec:
+    """What makes an adapter's rank rows count differently for each request: ``g = ω[groups]``.
+
+    Attributes:
+        kind: what computes ω: "router" (iLoRA) or "pool" (AMT).
+        size: G, the factors ω that a request has.
+        groups: target → [R] int64 below G: the factor that multiplies each rank row of the target's LowRank.
+        tensors: name → float32, what the factors are computed from.
+        facts: plain JSON data beside them.
+    """
+
+    kind: str
+    size: int
+    groups: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +145,10 @@ class Lowered:
         exact: whether the effects reproduce the trained model, up to rounding.
         overlays: parameter of the base → float32 values that replace it: what no effect says more cheaply. A parameter
             that two modules share is replaced in both when both paths are here, with the same tensor.
+        vocabulary: one past the largest token id that the adapter serves, where it has a tokenizer of its own; None
+            where the base's is used. Tokens beyond the base's vocabulary are the last columns or rows of sparse
+            changes, or of overlays, of the embedding and the head, where the base has zeros.
+        gate: what the rank gate of a request is computed from; None where every rank row always counts once.
     """
 
     method: str
@@ -119,3 +158,5 @@ class Lowered:
     expected_targets: int
     exact: bool = True
     overlays: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gate: GateSpec | None = None
+    vocabulary: int | None = None

@@ -19,8 +19,10 @@
     │   ├── AdapterExistsError
     │   ├── InvalidNameError
     │   ├── SourceChangedError
-    │   └── ArenaFullError
+    │   ├── ArenaFullError
+    │   └── UnmeasuredError
     ├── ExportError              the folder to write cannot be written
+    ├── GateError                what a request gives for its gate cannot be used
     └── RecipeError              see recipes/errors.py
 
 Every message names the thing, the value, the limit and the remedy. No message carries a path of the server.
@@ -111,8 +113,24 @@ class ArenaFullError(RegistryError):
     """The adapter does not fit into the adapter memory that is left."""
 
 
+class UnmeasuredError(RegistryError):
+    """What a lossy form misses cannot be measured, so it is not served."""
+
+
 class ExportError(AdapterError):
     """An adapter cannot be written where it was asked for."""
+
+
+class GateError(AdapterError):
+    """What a request gives for the adapter's gate cannot be used.
+
+    Attributes:
+        field: the field of the request that is wrong.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

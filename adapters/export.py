@@ -25,6 +25,8 @@ from motet.adapters.errors import ExportError, UnsupportedError
 from motet.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "base_model.model."
+PAIR, EMBEDDING_PAIR = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+"""PEFT's names of A and B."""
 
 
 def export_peft(
@@ -32,6 +34,7 @@ def export_peft(
     folder: Path,
     modules: Iterable[str],
     *,
+    embedding: str | None = None,
     dtype: torch.dtype = torch.float32,
     base_name: str | None = None,
     task_type: str | None = None,
@@ -41,6 +44,7 @@ def export_peft(
     Args:
         folder: must not exist, or be empty.
         modules: paths of the base's modules, targets and others, so that target_modules names no other one.
+        embedding: path of the input embedding, where that is a target; its tensors have other names.
         dtype: of the tensors, float32 or bfloat16.
         base_name, task_type: for the configuration's keys of these meanings.
 
@@ -53,12 +57,9 @@ def export_peft(
     config |= {"base_model_name_or_path": base_name, "task_type": task_type}
     tensors: dict[str, torch.Tensor] = {}
     for target, pair in pairs.items():
-        tensors[f"{PREFIX}{target}.lora_A.weight"] = pair.a_RI.to(
-            dtype, memory_format=torch.contiguous_format, copy=True
-        )
-        tensors[f"{PREFIX}{target}.lora_B.weight"] = pair.b_OR.to(
-            dtype, memory_format=torch.contiguous_format, copy=True
-        )
+        a_name, b_name = EMBEDDING_PAIR if target == embedding else PAIR
+        tensors[f"{PREFIX}{target}.{a_name}"] = pair.a_RI.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        tensors[f"{PREFIX}{target}.{b_name}"] = pair.b_OR.to(dtype, memory_format=torch.contiguous_format, copy=True)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder.name!r} exists and is not an empty folder; choose another or remove it")
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -107,6 +108,11 @@ def _with_parents(targets: Iterable[str], modules: Iterable[str]) -> set[str]:
 
 def _pairs(lowered: Lowered) -> dict[str, LowRank]:
     pairs: dict[str, LowRank] = {}
+    if lowered.gate is not None:
+        raise UnsupportedError(
+            f"the adapter weighs its rank rows anew for each request (gate {lowered.gate.kind!r}), which a plain LoRA "
+            "pair cannot say; export it with the gate fixed to one request's factors"
+        )
     if lowered.overlays:
         raise UnsupportedError(
             f"the adapter replaces {next(iter(lowered.overlays))!r} as a whole, which a plain LoRA pair cannot say; "
@@ -118,6 +124,7 @@ def _pairs(lowered: Lowered) -> dict[str, LowRank]:
             (effects.bias, "an output bias"),
             (effects.columns, "changed columns (as S²FT's)"),
             (effects.rows, "changed rows (as S²FT's)"),
+            (effects.sign, "one bit a weight (approximate=1bit)"),
         ):
             if effect is not None:
                 raise UnsupportedError(

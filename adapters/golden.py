@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,19 @@ class Golden:
 
     Attributes:
         tolerance: largest |difference| in nats.
+        vocabulary: token ids are below this, where the adapter's vocabulary is not the base's; not from the file.
     """
 
     tolerance: float
     prompts: tuple[GoldenPrompt, ...]
+    vocabulary: int | None = None
 
 
-def read(folder: Path) -> Golden | None:
+def read(folder: Path, vocabulary: int | None = None) -> Golden | None:
     """The golden log-probabilities of an adapter folder; None when it has none.
+
+    Args:
+        vocabulary: of the adapter, where it is not the base's.
 
     Raises:
         SourceError: the file leaves the folder, is too large or no JSON object.
@@ -66,7 +71,7 @@ def read(folder: Path) -> Golden | None:
         content = read_file(folder, GOLDEN_FILE, MOST_BYTES)
     except OSError as error:
         raise SourceNotFoundError(f"{GOLDEN_FILE} cannot be read: {error.strerror}; check its permissions") from error
-    return parse(content)
+    return replace(parse(content), vocabulary=vocabulary)
 
 
 def parse(content: bytes) -> Golden:

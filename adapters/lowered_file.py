@@ -17,16 +17,18 @@ from safetensors.torch import save
 from motet.adapters.bounded import Limits, parse_tensors
 from motet.adapters.effects import (
     ColumnSparse,
+    GateSpec,
     Lowered,
     LowRank,
     OutputBias,
     OutputScale,
     RowSparse,
+    SignDelta,
     TargetEffects,
 )
 from motet.adapters.errors import CorruptSourceError
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the names or facts below change their meaning."""
 WHAT = "the lowered adapter"
 PARTS: Mapping[str, tuple[Callable[..., Any], Mapping[str, str]]] = {
@@ -35,11 +37,14 @@ PARTS: Mapping[str, tuple[Callable[..., Any], Mapping[str, str]]] = {
     "bias": (OutputBias, {"bias": "bias_O"}),
     "columns": (ColumnSparse, {"columns.idx": "index_S", "columns.V": "v_OS"}),
     "rows": (RowSparse, {"rows.idx": "index_S", "rows.V": "v_SI"}),
+    "sign": (SignDelta, {"sign.words": "word_OP", "sign.alpha": "alpha_1"}),
 }
 """Field of TargetEffects → its type, and name in the file → operand. An effect that is not here cannot be written."""
 OVERLAY = "overlay:"
 """Before the path of a replaced parameter; one that two modules share is written once."""
-FACTS = ("method", "form", "scaling", "expected_targets", "exact")
+GATE_TENSOR, GATE_GROUPS = "gate:", "gate-groups:"
+"""Before the name of a tensor that gate factors are computed from; before the target of a list of groups."""
+FACTS = ("method", "form", "scaling", "expected_targets", "exact", "vocabulary")
 _LIMITS = Limits(header_bytes=64 << 20, weights_bytes=1 << 40, tensors=1_000_000)
 """Room for anything that was lowered: the source was limited already."""
 
@@ -55,7 +60,12 @@ def dump(lowered: Lowered) -> bytes:
     for path in sorted(set(shared.values())):
         tensors[OVERLAY + path] = lowered.overlays[path].clone(memory_format=torch.contiguous_format)
     facts = {name: getattr(lowered, name) for name in FACTS}
-    text = json.dumps({"format": FORMAT, "targets": list(lowered.effects), "overlays": shared, **facts})
+    facts |= {"targets": list(lowered.effects), "overlays": shared, "gate": None}
+    if lowered.gate is not None:
+        gate, parts = _gate_parts(lowered.gate)
+        facts["gate"] = gate
+        tensors |= parts
+    text = json.dumps({"format": FORMAT, **facts})
     # One entry only: safetensors writes several in random order.
     metadata = {"motet": json.dumps({"facts": text, "sha256": _checksum(text, tensors)})}
     return save(tensors, metadata)
@@ -77,7 +87,8 @@ def parse(content: bytes) -> Lowered:
             raise CorruptSourceError(f"{WHAT} is not of format {FORMAT}; lower the adapter again with this version")
         effects = {target: _effects(target, tensors) for target in facts["targets"]}
         overlays = {path: tensors[OVERLAY + first] for path, first in facts["overlays"].items()}
-        return Lowered(effects=effects, overlays=overlays, **{name: facts[name] for name in FACTS})
+        gate = _gate(facts["gate"], tensors)
+        return Lowered(effects=effects, overlays=overlays, gate=gate, **{name: facts[name] for name in FACTS})
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptSourceError(f"{WHAT} has other facts than motet writes; lower the adapter again") from error
 
@@ -98,6 +109,27 @@ def _effects(target: str, tensors: Mapping[str, torch.Tensor]) -> TargetEffects:
         if any(f"{target}.{part}" in tensors for part in parts)
     }
     return TargetEffects(**found)
+
+
+def _gate_parts(gate: GateSpec) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What is said of a gate in the facts, and its tensors by their names in the file."""
+    tensors = {GATE_TENSOR + name: tensor for name, tensor in gate.tensors.items()}
+    tensors |= {GATE_GROUPS + target: group_R for target, group_R in gate.groups.items()}
+    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    facts = {"kind": gate.kind, "size": gate.size, "facts": dict(gate.facts)}
+    return {**facts, "groups": list(gate.groups), "tensors": list(gate.tensors)}, contiguous
+
+
+def _gate(facts: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]) -> GateSpec | None:
+    if facts is None:
+        return None
+    return GateSpec(
+        kind=facts["kind"],
+        size=facts["size"],
+        groups={target: tensors[GATE_GROUPS + target] for target in facts["groups"]},
+        tensors={name: tensors[GATE_TENSOR + name] for name in facts["tensors"]},
+        facts=facts["facts"],
+    )
 
 
 def _metadata(content: bytes) -> tuple[str, str]:

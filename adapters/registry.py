@@ -10,25 +10,29 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from motet.adapters import golden, methods, source
+from motet.adapters import golden
+from motet.adapters.approximate import offer
 from motet.adapters.base import BaseModel
 from motet.adapters.cache import LoweredCache
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
+    ArenaFullError,
     InvalidNameError,
     SourceChangedError,
 )
 from motet.adapters.golden import Golden
+from motet.adapters.lowering import Lowering, lower
 from motet.adapters.receipt import Receipt, receipt
 from motet.adapters.residency import Residency
 from motet.adapters.spec import NOTHING_DECLARED, Declared
-from motet.adapters.version import AdapterVersion, Digest, Slot
+from motet.adapters.tokens import OwnTokenizer
+from motet.adapters.version import AdapterVersion, Slot
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 
@@ -40,6 +44,7 @@ class _Entry:
     receipt: Receipt
     folder: Path
     declared: Declared
+    own: OwnTokenizer | None = None
     published_s: float = 0.0
     leases: int = 0
     retired: bool = False
@@ -68,11 +73,21 @@ class Lease:
     slot: Slot
     _entry: _Entry = field(repr=False)
 
+    @property
+    def own(self) -> OwnTokenizer | None:
+        """The version's own tokenizer; None where it has the base's."""
+        return self._entry.own
+
 
 Check = Callable[[Golden, Callable[[], Lease]], None]
 """Computes golden log-probabilities through the engine, with leases that each call of the second argument gives.
 
 Raises GoldenError when they are not as expected; every lease it took, it has released or handed on.
+"""
+Score = Callable[[Callable[[], Lease]], Sequence[Sequence[float]]]
+"""Log-probabilities of the tokens of fixed texts through the engine, with leases as for Check.
+
+Raises UnmeasuredError when they cannot be computed.
 """
 
 
@@ -83,6 +98,7 @@ class Registry:
         cache: keeps what was lowered; None lowers every time.
         check: asked before an adapter with golden log-probabilities is published; None where nothing is published for
             requests, as in `motet adapters inspect`.
+        score: asked for both forms of an adapter before a lossy one is published; None where nothing is.
 
     Note: every method may be called from any thread. Files are read and lowered outside of the lock, so that running
     requests never wait for a load.
@@ -94,11 +110,13 @@ class Registry:
         residency: Residency,
         cache: LoweredCache | None = None,
         check: Check | None = None,
+        score: Score | None = None,
     ) -> None:
         self.base = base
         self.residency = residency
         self._cache = cache
         self._check = check
+        self._score = score
         self._lock = threading.Lock()
         self._published: dict[str, _Entry] = {}
 
@@ -115,15 +133,25 @@ class Registry:
             InvalidNameError, AdapterExistsError: before anything is read.
             AdapterError: the adapter is refused; nothing is visible to requests.
 
-        Note: waits for the engine where the folder has golden log-probabilities.
+        Note: waits for the engine where the folder has golden log-probabilities, and where a lossy form is asked for.
         """
         self._check_name(name, replace)
-        lowered, facts = self.examine(folder, declared)
-        vouched = golden.read(folder) if self._check else None
-        entry = _Entry(AdapterVersion(name, facts.digest), self.residency.place(lowered), facts, folder, declared)
+        lowering = lower(folder, declared, self.base, self._cache)
+        facts = receipt(lowering, self.base, self.residency.bytes_needed)
+        vouched = golden.read(folder, lowering.lowered.vocabulary) if self._check else None
+        exact_logprobs = None
+        if lowering.exact is not None and self._score is not None:
+            slot = self.residency.place_beside(lowering.exact.lowered)
+            exact = _Entry(AdapterVersion(name, lowering.exact.digest), slot, facts, folder, declared)
+            exact_logprobs = self._scored_exactly(exact, vouched)
+            vouched = None  # they are the exact form's
+        slot = self._place(lowering)
+        entry = _Entry(AdapterVersion(name, lowering.digest), slot, facts, folder, declared, lowering.own)
         try:
             if self._check is not None and vouched is not None:
                 self._check(vouched, lambda: self._lease(entry))
+            if self._score is not None and exact_logprobs is not None:
+                entry.receipt = facts.measured(exact_logprobs, self._score(lambda: self._lease(entry)))
             with self._lock:
                 self._check_name(name, replace)
                 old = self._published.get(name)
@@ -142,8 +170,8 @@ class Registry:
         Raises:
             AdapterError: the adapter is refused.
         """
-        digest, lowered = self._lower(folder, declared)
-        return lowered, receipt(lowered, digest, self.base, self.residency.bytes_needed(lowered))
+        lowering = lower(folder, declared, self.base, self._cache)
+        return lowering.lowered, receipt(lowering, self.base, self.residency.bytes_needed)
 
     def lowered(self, name: str) -> tuple[AdapterVersion, Lowered]:
         """What the published version was lowered to: from the cache, or by lowering its source again.
@@ -158,13 +186,13 @@ class Registry:
         cached = self._cache.get(self.base.fingerprint, entry.version.digest) if self._cache else None
         if cached is not None:
             return entry.version, cached
-        digest, lowered = self._lower(entry.folder, entry.declared)
-        if digest != entry.version.digest:
+        found = lower(entry.folder, entry.declared, self.base, self._cache)
+        if found.digest != entry.version.digest:
             raise SourceChangedError(
-                f"adapter {name!r} is published with digest {entry.version.digest}, but its source has digest {digest} "
-                "by now; load it again to serve what its source holds"
+                f"adapter {name!r} is published with digest {entry.version.digest}, but its source has digest "
+                f"{found.digest} by now; load it again to serve what its source holds"
             )
-        return entry.version, lowered
+        return entry.version, found.lowered
 
     def unload(self, name: str) -> AdapterInfo:
         """Take the name away; the version is freed when its last lease ends.
@@ -218,15 +246,22 @@ class Registry:
         with self._lock:
             return self._info(self._entry(name))
 
-    def _lower(self, folder: Path, declared: Declared) -> tuple[Digest, Lowered]:
-        """Digest of a folder's content and what it lowers to; nothing that the cache holds is lowered again."""
-        files = source.read(folder, declared)
-        lowered = self._cache.get(self.base.fingerprint, files.digest) if self._cache else None
-        if lowered is None:
-            lowered = methods.lower(files, self.base)
-            if self._cache is not None:
-                self._cache.put(self.base.fingerprint, files.digest, lowered)
-        return files.digest, lowered
+    def _place(self, lowering: Lowering) -> Slot:
+        try:
+            return self.residency.place(lowering.lowered)
+        except ArenaFullError as error:
+            exact = lowering.exact or lowering
+            raise ArenaFullError(f"{error}{offer(exact.lowered, self.base, self.residency.bytes_needed)}") from None
+
+    def _scored_exactly(self, entry: _Entry, vouched: Golden | None) -> Sequence[Sequence[float]]:
+        """What an unpublished exact form says of the fixed texts, for the last time; golden values are checked too."""
+        assert self._score is not None
+        try:
+            if self._check is not None and vouched is not None:
+                self._check(vouched, lambda: self._lease(entry))
+            return self._score(lambda: self._lease(entry))
+        finally:
+            self._retire(entry)
 
     def _lease(self, entry: _Entry) -> Lease:
         with self._lock:

@@ -33,8 +33,10 @@ class Addresses:
         scale_first, bias_first: of the vectors [O]; meaningless where absent.
         columns_first, columns_index: of Vᵀ [S, O] and of the indices of a ColumnSparse.
         rows_first, rows_index: of V [S, I] and of the indices of a RowSparse.
-        columns, rows: how many of either, 0 where absent.
-        has_scale, has_bias: 0 or 1.
+        columns, rows: how many of either, 0 where absent; rows of added tokens lie behind the others, not counted.
+        sign_first: of the words [O, P] of a SignDelta.
+        sign_alpha: the bits of its α, a float32.
+        has_scale, has_bias, has_sign: 0 or 1.
     """
 
     a_first: Int32
@@ -48,8 +50,15 @@ class Addresses:
     rows_first: Int32
     rows_index: Int32
     rows: Int32
+    sign_first: Int32
+    sign_alpha: Int32
     has_scale: Int32
     has_bias: Int32
+    has_sign: Int32
+
+    def of(self, targets: slice) -> Addresses:
+        """The addresses of some of the targets."""
+        return Addresses(*(getattr(self, name)[targets] for name in _COLUMNS))
 
 
 _COLUMNS = tuple(field.name for field in fields(Addresses))
@@ -70,6 +79,8 @@ class Residency:
         self._vacant: list[Slot] = []
         self._ranges: dict[Slot, list[int]] = {}
         self._overlays: dict[Slot, dict[str, torch.Tensor]] = {}
+        self._touched: dict[Slot, frozenset[str]] = {}
+        self._vocabulary: dict[Slot, int | None] = {}
         self.epoch = 0
         """Changes whenever a slot gains or loses its addresses: what was built in the same epoch is still right."""
 
@@ -89,8 +100,16 @@ class Residency:
         return sum(self.arena.units_of(operand) for operand in operands) * self.arena.unit_bytes
 
     def overlays(self, slot: Slot) -> Mapping[str, torch.Tensor]:
-        """Parameter → its replacement, a view of the arena."""
+        """Parameter → its replacement, a view of the arena unless it was placed beside it."""
         return self._overlays[slot]
+
+    def touched(self, slot: Slot) -> frozenset[str]:
+        """Paths of the modules that the adapter changes in any way."""
+        return self._touched[slot]
+
+    def vocabulary(self, slot: Slot) -> int | None:
+        """One past the largest token id that the adapter serves; None where that is the base's."""
+        return self._vocabulary[slot]
 
     def place(self, lowered: Lowered) -> Slot:
         """Copy the adapter's operands into the arena.
@@ -98,10 +117,23 @@ class Residency:
         Raises:
             ArenaFullError: they do not fit; nothing was changed.
         """
+        return self._place(lowered, beside=False)
+
+    def place_beside(self, lowered: Lowered) -> Slot:
+        """As `place`, but replaced parameters become tensors of their own, which no budget counts: not to serve them.
+
+        Raises:
+            ArenaFullError: there is no memory for them; nothing was changed.
+        """
+        return self._place(lowered, beside=True)
+
+    def _place(self, lowered: Lowered, beside: bool) -> Slot:
         with self._lock:
-            ranges, column, overlays = self._allocate(lowered)
+            ranges, column, overlays = self._allocate(lowered, beside)
             slot = self._vacant.pop() if self._vacant else Slot(len(self._ranges))
             self._ranges[slot], self._overlays[slot] = ranges, overlays
+            self._vocabulary[slot] = lowered.vocabulary
+            self._touched[slot] = frozenset([*lowered.effects, *(path.rpartition(".")[0] for path in overlays)])
             if slot >= self._tables.shape[2]:
                 grown = np.zeros((*self._tables.shape[:2], max(8, 2 * self._tables.shape[2])), dtype=np.int32)
                 grown[:, :, : self._tables.shape[2]] = self._tables
@@ -113,7 +145,7 @@ class Residency:
     def release(self, slot: Slot) -> None:
         """Free the slot; the caller guarantees that no step uses it."""
         with self._lock:
-            del self._overlays[slot]
+            del self._overlays[slot], self._touched[slot], self._vocabulary[slot]
             for start in self._ranges.pop(slot):
                 self.arena.allocator.free(start)
             self._vacant.append(slot)
@@ -124,8 +156,8 @@ class Residency:
         columns = self._tables[:, :, slots]
         return Addresses(*columns)
 
-    def _allocate(self, lowered: Lowered) -> tuple[list[int], Int32, dict[str, torch.Tensor]]:
-        """First units, the column of the tables, and the views of the overlays; nothing where one does not fit."""
+    def _allocate(self, lowered: Lowered, beside: bool) -> tuple[list[int], Int32, dict[str, torch.Tensor]]:
+        """First units, the column of the tables, and the overlays; nothing where one does not fit."""
         ranges: list[int] = []
         column = np.zeros(self._tables.shape[:2], dtype=np.int32)
         overlays: dict[str, torch.Tensor] = {}
@@ -135,18 +167,30 @@ class Residency:
                 target = self._targets[name].index
                 for kind, operand in _operands(effects):
                     column[_COLUMNS.index(kind), target] = self._write(operand, lowered, ranges)
-                for kind, count in _counts(effects):
+                for kind, count in _counts(effects, self._targets[name]):
                     column[_COLUMNS.index(kind), target] = count
             for path, values in lowered.overlays.items():
                 if id(values) not in placed:
-                    start = self._write(values, lowered, ranges)
-                    placed[id(values)] = self.arena.view(start, values.shape)
+                    placed[id(values)] = (
+                        self._beside(values)
+                        if beside
+                        else self.arena.view(self._write(values, lowered, ranges), values.shape)
+                    )
                 overlays[path] = placed[id(values)]
         except ArenaFullError:
             for taken in ranges:
                 self.arena.allocator.free(taken)
             raise
         return ranges, column, overlays
+
+    def _beside(self, values: torch.Tensor) -> torch.Tensor:
+        try:
+            return values.to(self.arena.units_NU.device, self.arena.units_NU.dtype)
+        except torch.OutOfMemoryError as error:
+            raise ArenaFullError(
+                f"{values.nbytes:,} bytes are not free beside the adapter memory, where the exact form lies while a "
+                "lossy one is compared with it; lower --kv-memory or --adapter-memory"
+            ) from error
 
     def _write(self, operand: torch.Tensor, lowered: Lowered, ranges: list[int]) -> int:
         """The first unit of an operand that was copied into the arena; also noted in `ranges`."""
@@ -179,15 +223,19 @@ def _operands(effects: TargetEffects) -> list[tuple[str, torch.Tensor]]:
         operands += [("columns_first", effects.columns.v_OS.T), ("columns_index", effects.columns.index_S)]
     if effects.rows:
         operands += [("rows_first", effects.rows.v_SI), ("rows_index", effects.rows.index_S)]
+    if effects.sign:
+        operands.append(("sign_first", effects.sign.word_OP))
     return operands
 
 
-def _counts(effects: TargetEffects) -> list[tuple[str, int]]:
+def _counts(effects: TargetEffects, target: Target) -> list[tuple[str, int]]:
     """(table column, value) of what says how large an operand is, or that there is one."""
     return [
         ("rank", effects.low_rank.rank if effects.low_rank else 0),
         ("columns", len(effects.columns.index_S) if effects.columns else 0),
-        ("rows", len(effects.rows.index_S) if effects.rows else 0),
+        ("rows", int((effects.rows.index_S < target.out_width).sum()) if effects.rows else 0),
         ("has_scale", int(effects.scale is not None)),
         ("has_bias", int(effects.bias is not None)),
+        ("has_sign", int(effects.sign is not None)),
+        ("sign_alpha", int(effects.sign.alpha_1.view(torch.int32)) if effects.sign else 0),
     ]

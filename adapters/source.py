@@ -8,12 +8,13 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from motet.adapters import tokens
 from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file
 from motet.adapters.checkpoint import MODEL_CONFIG, read_checkpoint
 from motet.adapters.errors import ConfigError, SourceNotFoundError, UnsafeFormatError, UnsafePathError
@@ -22,6 +23,8 @@ from motet.adapters.version import Digest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+GATE_FILE = "gate.safetensors"
+"""What a gate is computed from, where the adapter has one."""
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 INITIAL_FOLDERS = ("pissa_init", "corda_init", "olora_init", "lora_ga_init", "initial_adapter")
 """Sub-folders that hold the adapter as it was before training; the first two are the methods' own names."""
@@ -41,7 +44,9 @@ class AdapterFiles:
     Attributes:
         config: the parsed adapter_config.json, or config.json of a model directory.
         tensors: name → tensor, in the file's dtype, on the CPU.
+        gate_tensors: likewise, of the gate's own file.
         digest: SHA-256 over all files and declarations.
+        tokenizer: the tokenizer's files, by name; empty where there are none.
         initial: the adapter before training, from a declaration or a sub-folder.
         initial_folder: the name of its folder, where that is one of INITIAL_FOLDERS.
         residual: the model directory the adapter was declared to be trained on.
@@ -56,6 +61,8 @@ class AdapterFiles:
     initial_folder: str | None = None
     residual: AdapterFiles | None = None
     trained_on_base: bool = False
+    gate_tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
 
     def require_no_start(self, method: str) -> None:
         """Refuse declarations that the method would have to ignore.
@@ -131,8 +138,16 @@ def read(folder: Path, declared: Declared = NOTHING_DECLARED, limits: Limits = D
             initial_folder=initial_folder,
             residual=_read_part("residual model", declared.residual, Layout.MODEL, limits),
             trained_on_base=declared.trained_on_base,
+            tokenizer=_read_tokenizer(folder),
         )
     )
+
+
+def _read_tokenizer(folder: Path) -> dict[str, bytes]:
+    try:
+        return tokens.read(folder)
+    except OSError as error:
+        raise SourceNotFoundError(f"the adapter's tokenizer cannot be read: {error.strerror}") from error
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -155,6 +170,8 @@ def _joined(files: AdapterFiles) -> AdapterFiles:
     parts = [(name, part.digest) for name in ("initial", "residual") if (part := getattr(files, name)) is not None]
     if files.trained_on_base:
         parts.append(("trained_on_base", Digest("")))
+    for name, content in files.tokenizer.items():
+        parts.append((name, Digest(hashlib.sha256(content).hexdigest())))
     if not parts:
         return files
     digest = hashlib.sha256(files.digest.encode())
@@ -188,8 +205,9 @@ def _read_peft(folder: Path, limits: Limits) -> AdapterFiles:
                     f"safe_serialization=True, which writes {WEIGHTS_FILE}"
                 )
     weights = read_file(folder, WEIGHTS_FILE, limits.weights_bytes)
+    gate = _read_gate(folder, limits)
     digest = hashlib.sha256()
-    for part in (config, weights):
+    for part in (config, weights) if gate is None else (config, weights, gate):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return AdapterFiles(
@@ -197,4 +215,11 @@ def _read_peft(folder: Path, limits: Limits) -> AdapterFiles:
         config=parse_object(CONFIG_FILE, config),
         tensors=parse_tensors(WEIGHTS_FILE, weights, limits),
         digest=Digest(digest.hexdigest()),
+        gate_tensors={} if gate is None else parse_tensors(GATE_FILE, gate, limits),
     )
+
+
+def _read_gate(folder: Path, limits: Limits) -> bytes | None:
+    """The gate's file; a link that leads nowhere is an error, not an adapter without a gate."""
+    path = folder / GATE_FILE
+    return read_file(folder, GATE_FILE, limits.weights_bytes) if path.exists() or path.is_symlink() else None

@@ -1,4 +1,4 @@
-"""Which backend does the low-rank and the sparse work: the one place that chooses, and the only import of each backend.
+"""Which backend does the low-rank, sparse and sign work: the one place that chooses, the only import of each.
 
 Must not know: adapters, requests, the model. A backend that was asked for and cannot run is an error, never a
 quiet switch to another.
@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from motet.kernels.errors import BackendUnavailableError
-from motet.kernels.ops import LowRankPlan, SparsePlan
+from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan
 from motet.kernels.segments import Segments, TargetShape
+from motet.kernels.sign import SignSegments
 from motet.kernels.sparse import SparseSegments
 
 Backend = Literal["reference", "cpu", "triton"]
@@ -109,6 +110,47 @@ def sparse_plan(
             from motet.kernels.triton.sparse_plan import TritonSparsePlan
 
             return TritonSparsePlan(arena_NU, shapes, columns, rows)
+
+
+def sign_plan(
+    backend: Backend,
+    arena_NU: torch.Tensor,
+    shapes: Sequence[TargetShape],
+    segments: SignSegments,
+    n_rows: int,
+) -> SignPlan:
+    """Prepare one step's work with packed signs for every target.
+
+    Args:
+        backend: who does it; see `default_backend`.
+        arena_NU: [N, U], contiguous, float32, float16 or bfloat16; a unit's bytes are a multiple of four.
+        shapes: [C] the targets, in the order of the segments' first axis.
+        segments: who reads what; segments that outlive a step may reuse its plan.
+        n_rows: T, rows in the batch.
+
+    Returns:
+        A plan whose `backend` is the one asked for.
+
+    Raises:
+        BackendUnavailableError: the backend cannot run here or on this arena.
+    """
+    assert arena_NU.is_contiguous(), f"the arena has strides {arena_NU.stride()}"
+    segments.check(shapes, (arena_NU.shape[0], arena_NU.shape[1]), arena_NU.itemsize, n_rows)
+    match backend:
+        case "reference":
+            from motet.kernels.reference.sign import ReferenceSignPlan
+
+            return ReferenceSignPlan(arena_NU, shapes, segments)
+        case "cpu":
+            from motet.kernels.cpu.sign import CpuSignPlan
+
+            _check_cpu(arena_NU)
+            return CpuSignPlan(arena_NU, shapes, segments)
+        case "triton":
+            _check_triton(arena_NU)
+            from motet.kernels.triton.sign_plan import TritonSignPlan
+
+            return TritonSignPlan(arena_NU, shapes, segments)
 
 
 def _check_cpu(arena_NU: torch.Tensor) -> None:

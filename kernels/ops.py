@@ -70,3 +70,31 @@ class SparsePlan(Protocol):
             Operands and index lists must stay where they are, and as they are, while the plan is in use: a backend may
             read them at each call or keep what it read at a target's first.
         """
+
+
+class SignPlan(Protocol):
+    """The work with packed signs of one step, prepared once and applied to every target."""
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that does the work."""
+
+    def touches(self, target: int) -> bool:
+        """Whether any row has such an effect on the target."""
+
+    def add_(self, target: int, y_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
+        """Add every segment's product with its signs to its rows, in place.
+
+        Semantics: for each segment s and each row t in [row_start_s, row_stop_s), ``y_t += α_s (x_t · sign_sᵀ)`` with
+        sign_s [O, I] of +1 and -1, accumulated in float32 and rounded to y's dtype once. Rows outside every segment
+        keep their value, and a target that no segment touches returns at once.
+
+        Args:
+            target: index into the plan's target shapes.
+            y_TO: [T, O], contiguous, the arena's dtype and device; updated in place. Holds the base product already.
+            x_TI: [T, I], contiguous, the same dtype and device.
+
+        Note:
+            Rows of x and y need not be finite: what they hold stays in their own row. The plan reads the words at each
+            call, so they must stay where they are while the plan is in use.
+        """

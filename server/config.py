@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from motet.adapters.spec import Declared
+from motet.adapters.errors import ConfigError
+from motet.adapters.spec import Declared, LossyForm
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -36,7 +37,9 @@ class ServeConfig:
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8000, "Port to listen on.")
     adapter: tuple[str, ...] = _option(
-        (), "NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base] of an adapter to load at the start; repeatable."
+        (),
+        "NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base][,approximate=FORM] of an adapter to load at the "
+        "start; repeatable.",
     )
     adapter_root: tuple[str, ...] = _option((), "Folder below which adapters may be loaded at run time; repeatable.")
     api_key_file: str | None = _option(None, "File with one inference key per line; without keys inference is open.")
@@ -72,7 +75,7 @@ def parse_bytes(option: str, text: str) -> int | None:
 
 
 def parse_adapter(text: str) -> tuple[str, Path, Declared]:
-    """Name, folder and declarations from NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base].
+    """Name, folder and declarations from NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base][,approximate=FORM].
 
     Raises:
         OptionError: there is no name or no path, or a part that is none of these.
@@ -84,15 +87,19 @@ def parse_adapter(text: str) -> tuple[str, Path, Declared]:
     given: dict[str, str] = {}
     for part in parts:
         key, _, value = part.partition("=")
-        possible = part == "trained-on-base" or (key in ("initial", "residual") and value)
+        possible = part == "trained-on-base" or (key in ("initial", "residual", "approximate") and value)
         if not possible or key in given:
             raise OptionError(
-                f"--adapter {text!r}: {part!r} is none of initial=DIR, residual=DIR and trained-on-base, each at most "
-                "once; a comma cannot be part of a path"
+                f"--adapter {text!r}: {part!r} is none of initial=DIR, residual=DIR, approximate=FORM and "
+                "trained-on-base, each at most once; a comma cannot be part of a path"
             )
         given[key] = value
     initial, residual = (Path(given[key]).expanduser() if key in given else None for key in ("initial", "residual"))
-    return name, Path(path).expanduser(), Declared(initial, residual, "trained-on-base" in given)
+    try:
+        form = LossyForm.parse(given["approximate"]) if "approximate" in given else None
+    except ConfigError as error:
+        raise OptionError(f"--adapter {text!r}: {error}") from error
+    return name, Path(path).expanduser(), Declared(initial, residual, "trained-on-base" in given, form)
 
 
 def read_keys(option: str, path: str | None, variable: str) -> tuple[str, ...]:

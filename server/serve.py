@@ -26,6 +26,7 @@ from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.kernels.dispatch import default_backend
 from motet.server.api.app import create_app
+from motet.server.api.measuring import text_score
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import BaseInfo, Keys, Service
 from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
@@ -136,7 +137,13 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     block_bytes = KvCache.block_bytes(loaded.layers, config.block_size, loaded.dtype)
     blocks = _budget(config.kv_memory, "kv-memory", loaded.device) // block_bytes
     loaded.allocate_cache(blocks, config.block_size)
-    effects = EffectsBuilder(residency, list(loaded.base.targets.values()), default_backend(loaded.device))
+    effects = EffectsBuilder(
+        residency,
+        list(loaded.base.targets.values()),
+        default_backend(loaded.device),
+        embedding=loaded.embedding_path,
+        head=loaded.head_path,
+    )
     runner = ModelRunner(loaded, effects)
     limits = StepLimits(
         rows=config.max_batch_rows or DEFAULT_ROWS[kind],
@@ -217,7 +224,8 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
     """The service with its engine running and no adapter loaded, until the block is left.
 
     Args:
-        golden: whether golden log-probabilities are checked before an adapter is published.
+        golden: whether golden log-probabilities are checked, and a lossy form's error is measured, before an adapter is
+            published.
     """
     service = _service(config, assembled, golden)
     own_the_processors(service.engine)
@@ -249,8 +257,11 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
 
     prepare = functools.partial(_prepare_steps, assembled.runner, assembled.threads)
     engine = Engine(scheduler, assembled.runner, streams.publish, end_lease, prepare)
-    check = golden_check(Scorer(base, engine, streams), loop) if golden else None
-    registry = Registry(loaded.base, residency, assembled.cache, check)
+    check = score = None
+    if golden:
+        scorer = Scorer(base, engine, streams)
+        check, score = golden_check(scorer, loop), text_score(scorer, loop, loaded.tokenizer)
+    registry = Registry(loaded.base, residency, assembled.cache, check, score)
     return Service(
         base=base,
         tokenizer=loaded.tokenizer,

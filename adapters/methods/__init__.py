@@ -9,9 +9,23 @@ from typing import Protocol
 
 from motet.adapters.base import BaseModel
 from motet.adapters.effects import Lowered
-from motet.adapters.errors import UnsupportedError
-from motet.adapters.methods import corda, corda_model, full_model, lora, lora_ga, olora, pissa, polar, residual, s2ft
-from motet.adapters.source import AdapterFiles
+from motet.adapters.errors import UnmatchedTensorError, UnsupportedError
+from motet.adapters.methods import (
+    amt,
+    corda,
+    corda_model,
+    emtal,
+    full_model,
+    ilora,
+    lora,
+    lora_ga,
+    olora,
+    pissa,
+    polar,
+    residual,
+    s2ft,
+)
+from motet.adapters.source import GATE_FILE, AdapterFiles
 
 
 class Method(Protocol):
@@ -26,7 +40,24 @@ class Method(Protocol):
         """Turn the folder into effects in float32, exactly, or raise FormatError."""
 
 
-METHODS: tuple[Method, ...] = (corda_model, full_model, s2ft, polar, pissa, olora, corda, lora_ga, residual, lora)
+METHODS: tuple[Method, ...] = (
+    corda_model,
+    full_model,
+    s2ft,
+    amt,
+    emtal,
+    ilora,
+    polar,
+    pissa,
+    olora,
+    corda,
+    lora_ga,
+    residual,
+    lora,
+)
+
+GATED: tuple[Method, ...] = (ilora,)
+"""Methods of which a folder may have a gate's file."""
 
 
 def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
@@ -34,10 +65,16 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
 
     Raises:
         UnsupportedError: no method claims it.
+        UnmatchedTensorError: it has a gate's file, and the method that claims it no gate.
         FormatError: the method that claims it cannot apply it exactly.
     """
     for method in METHODS:
         if method.claims(files):
+            if any(part.gate_tensors for part in (files, files.initial) if part) and method not in GATED:
+                raise UnmatchedTensorError(
+                    f"the folder has {GATE_FILE}, of which no tensor matches a rule of {method.NAME}; applying the "
+                    "rest would give wrong answers: remove the file if it does not belong to the adapter"
+                )
             return method.lower(files, base)
     names = ", ".join(method.NAME for method in METHODS)
     raise UnsupportedError(f"peft_type {files.config.get('peft_type')!r} is not served; methods served: {names}")

@@ -95,6 +95,17 @@ def pattern_table(key: str, value: object, check: Callable[[str, object], Value]
     )
 
 
+def token_table(key: str, value: object) -> dict[str | None, tuple[int, ...]]:
+    """Ending of a module's path → distinct token ids; a list alone stands under None, for the input embedding."""
+    table: dict[Any, Any] = value if isinstance(value, dict) else {None: value} if value else {}
+    for module, tokens in table.items():
+        if not isinstance(tokens, list) or not tokens or not all(type(one) is int and one >= 0 for one in tokens):
+            raise ConfigError(f"{key}[{module!r}] is no list of token ids, or an empty one")
+        if len(set(tokens)) != len(tokens):
+            raise ConfigError(f"{key}[{module!r}] names a token twice; which of its two rows counts cannot be told")
+    return {module: tuple(tokens) for module, tokens in table.items()}
+
+
 def regular_expression(key: str, value: object, around: str) -> str:
     """The pattern itself, once it compiles alone and in its place."""
     if not isinstance(value, str) or len(value) > LONGEST_PATTERN:

@@ -10,11 +10,12 @@ Source: https://arxiv.org/abs/2406.05223 and the files its authors' code writes.
 
 from __future__ import annotations
 
-from motet.adapters.base import BaseModel, Target
+from motet.adapters.base import BaseModel, Kind, Target
 from motet.adapters.effects import Lowered, LowRank, OutputBias, TargetEffects
 from motet.adapters.errors import ConfigError, UnmatchedTensorError, listed
 from motet.adapters.methods.base_weights import require_base_weights, rounding, stored
 from motet.adapters.methods.config_values import positive_int
+from motet.adapters.methods.model_config import require_same_computation
 from motet.adapters.methods.principal import leading
 from motet.adapters.source import AdapterFiles, Layout
 
@@ -34,10 +35,12 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
         FormatError: the directory is not this base with changes of the stored rank.
     """
     files.require_no_start(NAME)
+    require_same_computation(files, base, own=("auto_map", "lora_r"))
     rank = positive_int("lora_r", files.config.get("lora_r"))
     keys = (A_KEY, B_KEY, RESIDUAL_KEY)
     split = sorted({name.removesuffix(key) for name in files.tensors for key in keys if name.endswith(key)})
-    if unknown := [name for name in split if name not in base.targets]:
+    linears = {name for name, target in base.targets.items() if target.kind is Kind.LINEAR}
+    if unknown := [name for name in split if name not in linears]:
         raise UnmatchedTensorError(f"{listed(unknown, 1)} is not among the linear layers of {base.name!r}")
     effects = {name: _lower_target(base.targets[name], rank, files, base) for name in split}
     parts = {name + key for name in split for key in (A_KEY, B_KEY, RESIDUAL_KEY, BIAS_KEY)}

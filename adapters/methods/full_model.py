@@ -10,14 +10,19 @@ Source: https://arxiv.org/abs/2412.06289 (S²FT), https://arxiv.org/abs/2403.179
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from motet.adapters.base import BaseModel, Target
+from motet.adapters.base import BaseModel, Kind, Target
 from motet.adapters.effects import ColumnSparse, Lowered, OutputBias, RowSparse, TargetEffects
 from motet.adapters.errors import ConfigError, MissingTensorError, UnmatchedTensorError, UnsupportedError, listed
 from motet.adapters.methods import orders
 from motet.adapters.methods.base_weights import COMPUTED, alike, stored
+from motet.adapters.methods.model_config import require_same_computation
+from motet.adapters.methods.vocabulary import end_paths, lower_ends, meant_rows, served_vocabulary
 from motet.adapters.source import AdapterFiles, Layout
+from motet.adapters.tokens import OwnTokenizer, own_tokenizer
 
 NAME = "full-model"
 
@@ -37,10 +42,13 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
         FormatError: the directory is not a fine-tune of this base.
     """
     files.require_no_start(NAME)
+    require_same_computation(files, base)
     order = orders.recover(files, base)
     effects: dict[str, TargetEffects] = {}
     overlays: dict[str, torch.Tensor] = {}
     for name, target in base.targets.items():
+        if target.kind is not Kind.LINEAR:
+            continue
         values_OI = order.undo(name, stored(files, f"{name}.weight", (target.out_width, target.in_width)))
         columns, rows, dense_OI = _difference(values_OI, base.weight(name))
         bias = _bias(target, files, base, order)
@@ -49,6 +57,16 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
         if columns or rows or bias:
             effects[name] = TargetEffects(bias=bias, columns=columns, rows=rows)
     overlays |= _replaced(files, base)
+    own = own_tokenizer(files.tokenizer, base.tokenizers)
+    ends = _ends(files, base, own)
+    of_ends, whole_ends = lower_ends(ends, base)
+    effects |= of_ends
+    head = base.of_kind(Kind.HEAD)
+    if head is not None and (bias := _bias(head, files, base, order)):
+        effects[head.name] = replace(effects.get(head.name, TargetEffects()), bias=bias)
+    overlays |= whole_ends
+    if stuck := overlays.keys() - base.replaceable:
+        raise UnsupportedError(f"{listed(stuck, 1)} was trained, which cannot be replaced for single rows")
     if not effects and not overlays:
         raise ConfigError(f"the directory holds the weights of {base.name!r} itself: nothing was trained")
     return Lowered(
@@ -58,6 +76,7 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
         effects=effects,
         expected_targets=len(effects),
         overlays=overlays,
+        vocabulary=served_vocabulary(ends, base, own),
     )
 
 
@@ -90,11 +109,9 @@ def _bias(target: Target, files: AdapterFiles, base: BaseModel, order: orders.Or
 
 
 def _replaced(files: AdapterFiles, base: BaseModel) -> dict[str, torch.Tensor]:
-    """What differs of the parameters that are no targets', with every name of those that modules share.
-
-    Note: training code pads the vocabulary; rows beyond the base's are left out.
-    """
+    """What differs of the parameters that are neither targets' nor the embedding's or head's."""
     of_targets = {f"{name}.{part}" for name in base.targets for part in ("weight", "bias")}
+    of_targets |= {f"{name}.weight" for name in end_paths(base)}
     if absent := base.parameter_names - files.tensors.keys():
         raise MissingTensorError(f"the model directory lacks {listed(absent)}; it is incomplete or another model")
     overlays: dict[str, torch.Tensor] = {}
@@ -104,15 +121,27 @@ def _replaced(files: AdapterFiles, base: BaseModel) -> dict[str, torch.Tensor]:
         if path not in base.parameter_names and path not in base.tied:
             raise UnmatchedTensorError(f"the model directory has tensor {path!r}, which {base.name!r} has not")
         own = base.parameter(path)
-        values = files.tensors[path]
-        padded = values.dim() == 2 and values.shape[0] > own.shape[0] and values.shape[1:] == own.shape[1:]
-        values = stored(files, path, tuple(values.shape if padded else own.shape))[: own.shape[0]]
+        values = stored(files, path, tuple(own.shape))
         one, other = alike(values, own)
         if not torch.equal(one, other):
             overlays[path] = values.float().contiguous()
     for path, first in base.tied.items():
         if path not in files.tensors and first in overlays:
             overlays[path] = overlays[first]
-    if stuck := overlays.keys() - base.replaceable:
-        raise UnsupportedError(f"{listed(stuck, 1)} was trained, which cannot be replaced for single rows")
     return overlays
+
+
+def _ends(files: AdapterFiles, base: BaseModel, own: OwnTokenizer | None) -> dict[str, torch.Tensor]:
+    """The embedding's and the head's weights [N, D]; one that is not stored is the one it is tied to."""
+    ends: dict[str, torch.Tensor] = {}
+    stored_ends: dict[str, torch.Tensor] = {}
+    for path in end_paths(base):
+        name = f"{path}.weight"
+        first = name if name in files.tensors else base.tied.get(name, name)
+        if first not in stored_ends:
+            vocabulary, width = base.parameter(name).shape
+            rows = len(files.tensors[first]) if first in files.tensors and files.tensors[first].dim() else 0
+            values_RD = stored(files, first, (max(rows, vocabulary), width))
+            stored_ends[first] = meant_rows(path, values_RD, base, own, may_pad=True)
+        ends[path] = stored_ends[first]
+    return ends

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from motet.adapters.base import BaseModel
+from motet.adapters.base import BaseModel, Kind
 from motet.adapters.errors import ConfigError, UnsupportedError
 from motet.adapters.methods.config_values import (
     NUMBERED_LAYER,
@@ -29,6 +29,7 @@ from motet.adapters.methods.config_values import (
     pattern_table,
     patterns,
     positive_int,
+    token_table,
 )
 
 ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -36,7 +37,7 @@ ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 SERVED = frozenset(
     "alpha_pattern bias exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias "
-    "modules_to_save peft_type r rank_pattern target_modules use_dora use_rslora".split()
+    "modules_to_save peft_type r rank_pattern target_modules trainable_token_indices use_dora use_rslora".split()
 )
 """Keys that change the result and are honoured."""
 
@@ -59,7 +60,6 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "lora_ga_config": ((None,), "LoRA-GA, which changes the base model"),
     "megatron_config": ((None,), "Megatron layers"),
     "target_parameters": ((None, []), "adapters on bare parameters"),
-    "trainable_token_indices": ((None, [], {}), "trained token embeddings"),
     "use_bdlora": ((None, False), "block-diagonal LoRA"),
     "use_qalora": ((None, False), "QALoRA"),
 }
@@ -89,6 +89,7 @@ class PeftLoraConfig:
         target_modules, exclude_modules: a regular expression for the whole path, or path endings.
         layers_to_transform: layer numbers, or None for all.
         modules_to_save: endings of the paths of modules that were trained as a whole.
+        trained_tokens: ending of a module's path, or None for the input embedding → the tokens whose rows were trained.
         rank_pattern, alpha_pattern: (regular expression for a path ending, value), first match wins.
     """
 
@@ -103,6 +104,7 @@ class PeftLoraConfig:
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
+    trained_tokens: Mapping[str | None, tuple[int, ...]]
     rank_pattern: tuple[tuple[str, int], ...]
     alpha_pattern: tuple[tuple[str, float], ...]
 
@@ -126,9 +128,15 @@ class PeftLoraConfig:
             UnsupportedError: it names a module with weights that is not a target of the base.
         """
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            return frozenset(name for name in base.targets if not self._matches(self.exclude_modules, name))
+            linears = (name for name, target in base.targets.items() if target.kind is Kind.LINEAR)
+            return frozenset(name for name in linears if not self._matches(self.exclude_modules, name))
         named = {name for name in (*base.targets, *base.other_modules) if self._names(name)}
         if others := named - base.targets.keys():
+            if untargeted := sorted(others & base.no_targets.keys()):
+                raise UnsupportedError(
+                    f"target_modules names {untargeted[0]!r}, on which {base.name!r} takes no adapters: "
+                    f"{base.no_targets[untargeted[0]]}; re-train without it, or with it in modules_to_save"
+                )
             raise UnsupportedError(
                 f"target_modules names {sorted(others)[0]!r}, which is not among the linear layers of {base.name!r} "
                 "that adapters can be served on; re-train without it"
@@ -187,6 +195,7 @@ def parse(config: Mapping[str, Any], honoured: frozenset[str] = frozenset(), ste
         layers_to_transform=layer_numbers(config.get("layers_to_transform")),
         layers_pattern=patterns("layers_pattern", config.get("layers_pattern") or ()),
         modules_to_save=names("modules_to_save", config.get("modules_to_save") or ()),
+        trained_tokens=token_table("trainable_token_indices", config.get("trainable_token_indices") or {}),
         rank_pattern=pattern_table("rank_pattern", config.get("rank_pattern") or {}, positive_int),
         alpha_pattern=pattern_table("alpha_pattern", config.get("alpha_pattern") or {}, number),
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from motet.adapters.base import BaseModel, Target
+from motet.adapters.base import BaseModel, Kind, Target
 from motet.adapters.effects import Lowered, LowRank
 from motet.adapters.errors import ConfigError, UnsupportedError, listed
 from motet.adapters.methods.base_weights import require_base_weights, rounding, stored
@@ -78,6 +78,8 @@ def lower_residual(
         raise ConfigError("both an initial adapter and a residual model are declared; one is enough: drop the residual")
     bag = TensorBag(files.tensors)
     targets = [base.targets[name] for name in sorted(config.expected_targets(base))]
+    for target in targets:
+        _require_own_weight(target, base)
     trained = {target.name: trained_pair(target, config, bag) for target in targets}
     if files.initial is not None:
         starts, form = _from_initial(files.initial, files, targets), "PEFT folder and initial adapter"
@@ -102,6 +104,17 @@ def lower_residual(
 
     name = f"{method}+dora" if config.use_dora else method
     return lower_folder(files, base, config, read_pair, method=name, form=form)
+
+
+def _require_own_weight(target: Target, base: BaseModel) -> None:
+    """Refuse targets of which the residual cannot be told: PEFT changes a head together with what it is tied to."""
+    if target.kind is Kind.EMBEDDING:
+        raise UnsupportedError(f"target_modules names the embedding {target.name!r}, which has no residual; exclude it")
+    if target.kind is Kind.HEAD and base.is_tied(f"{target.name}.weight"):
+        raise UnsupportedError(
+            f"target_modules names {target.name!r}, whose weight {base.name!r} shares with the embedding: taking a "
+            "part out of it changed both, and the adapter holds one; re-train without it"
+        )
 
 
 def _aligned(starts: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> dict[str, LowRank]:

@@ -13,9 +13,9 @@ Source: https://arxiv.org/abs/2412.06289.
 
 from __future__ import annotations
 
-from motet.adapters.base import BaseModel, Target
+from motet.adapters.base import BaseModel, Kind, Target
 from motet.adapters.effects import ColumnSparse, Lowered, RowSparse, TargetEffects
-from motet.adapters.errors import ConfigError, UnmatchedTensorError, listed
+from motet.adapters.errors import ConfigError, UnmatchedTensorError, UnsupportedError, listed
 from motet.adapters.methods.tensors import PREFIX, TensorBag
 from motet.adapters.source import AdapterFiles
 
@@ -44,6 +44,8 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
     columns, rows = bag.modules_with(COLUMNS), bag.modules_with(ROWS)
     if strange := (columns | rows) - base.targets.keys():
         raise UnmatchedTensorError(f"{listed(strange, 1)} is not among the linear layers of {base.name!r}")
+    if embedding := [name for name in rows if base.targets[name].kind is Kind.EMBEDDING]:
+        raise UnsupportedError(f"{embedding[0]!r} is an embedding, of which single tokens can be selected: columns")
     effects = {
         name: TargetEffects(
             columns=_columns(target, bag) if name in columns else None,

@@ -72,6 +72,11 @@ class TensorBag:
         """As `take`, but None when there is no such tensor."""
         return self.take(name, shape) if name in self._left else None
 
+    def rows(self, name: str) -> int | None:
+        """How many rows the tensor has; None when there is none of that name left, or it has no rows."""
+        tensor = self._left.get(name)
+        return None if tensor is None or tensor.dim() == 0 else tensor.shape[0]
+
     def modules_with(self, *endings: str) -> frozenset[str]:
         """Module paths for which a tensor with one of these endings is left."""
         return frozenset(

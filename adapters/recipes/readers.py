@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 Example = tuple[str, str]
@@ -16,6 +17,12 @@ Facts = frozenset[tuple[str, str]]
 
 SELECT = re.compile(r"SELECT (?:([A-Z]+) )?(\S+?)_FIELD FROM TABLE(?: AS \w+)?(?: WHERE (.+))? ;", re.I)
 CONDITION = re.compile(r"(\S+?)_FIELD ([=<>]) (.+)")
+AGGREGATES = {None: "select", "COUNT": "count", "MAX": "maximum", "MIN": "minimum", "SUM": "sum", "AVG": "average"}
+"""SQL's function → the word for it."""
+SELECTED = re.compile(r"SELECT (?:DISTINCT )?(.+?) FROM ")
+TIMES = frozenset("START_TIME END_TIME SEMESTER YEAR MONDAY TUESDAY WEDNESDAY THURSDAY FRIDAY SATURDAY SUNDAY".split())
+KINDS = ("course", "teacher", "time", "number", "whether")
+"""What a student asks for."""
 SQL = re.compile(r"select (.+?) from \S+(?: where (.+))?")
 
 
@@ -86,3 +93,36 @@ def boolq_facts(text: str) -> Facts | None:
     """What the text begins with, yes taken for true and no for false."""
     said = re.match(r"\W*(true|yes|false|no)\b", text.casefold())
     return said and frozenset({("answer", {"yes": "true", "no": "false"}.get(said[1], said[1]))})
+
+
+def read_aggregate(row: dict[str, Any]) -> Example | None:
+    """What the query computes of the selected column, as one word; None where the query has no such form."""
+    parsed = SELECT.fullmatch(row["sql"].replace("TABLEalias0.", ""))
+    word = parsed and AGGREGATES.get(parsed[1] and parsed[1].upper())
+    return (untokenised(row["question"]), word) if word else None
+
+
+def read_kind(row: dict[str, Any]) -> Example | None:
+    """One of KINDS, by what the query selects; None where that is none of them, or two."""
+    kind = _kind(parsed[1]) if (parsed := SELECTED.match(row["sql"])) else None
+    return (untokenised(row["question"]), kind) if kind else None
+
+
+def _kind(selected: str) -> str | None:
+    if re.fullmatch(r"COUNT\( \* \) [>=] 0", selected):
+        return "whether"
+    if re.fullmatch(r"COUNT\( [^()]+ \)", selected):
+        return "number"
+    columns = {tuple(column.split("alias0.")) for column in selected.split(" , ")}
+    if columns == {("INSTRUCTOR", "NAME")}:
+        return "teacher"
+    if columns <= {("COURSE", name) for name in ("DEPARTMENT", "NAME", "NUMBER")}:
+        return "course"
+    names = {column[-1] for column in columns} - {"SECTION_NUMBER"}
+    return "time" if names and names <= TIMES else None
+
+
+def word_facts(words: Collection[str], text: str) -> Facts | None:
+    """The word that the text begins with; None where it is not one of these."""
+    said = re.match(r"\W*([a-z]+)\b", text.casefold())
+    return frozenset({("answer", said[1])}) if said and said[1] in words else None

@@ -20,9 +20,10 @@ from motet.adapters.recipes import checkpoint, knowledge
 from motet.adapters.recipes.corpus import Corpus, packed
 from motet.adapters.recipes.errors import OutputError, TargetError
 from motet.adapters.recipes.loop import Loop, Schedule
+from motet.adapters.recipes.quality import label_tokens
 from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
-from motet.adapters.recipes.tasks import TASKS, examples
+from motet.adapters.recipes.tasks import interleaved, named
 from motet.adapters.recipes.trainee import Setup, Trainee
 from motet.adapters.source import CONFIG_FILE
 
@@ -38,6 +39,7 @@ class Order:
     """What is asked for. Two runs of equal orders on one machine give the same bytes.
 
     Attributes:
+        task: a name of TASKS, or several joined by "+".
         threads: processors that torch computes on; sums split among them differently.
     """
 
@@ -90,7 +92,8 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
     torch.manual_seed(order.seed)
     recipe = RECIPES[order.method]
     _check_targets(order, base)
-    corpus = Corpus.of(base.tokenizer, examples(TASKS[order.task], data, "train"))
+    tasks = named(order.task)
+    corpus = Corpus.of(base.tokenizer, interleaved(tasks, data, "train"))
 
     def samples() -> Sequence[torch.Tensor]:
         if recipe.calibration == "knowledge":
@@ -100,7 +103,11 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
             pieces = [asked + told for asked, told in corpus.rows]
         return packed(pieces, SAMPLES, SAMPLE_TOKENS, order.seed)
 
-    setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, samples)
+    def classes() -> Sequence[Sequence[int]]:
+        choices = [task.choices for task in tasks if task.choices is not None]
+        return label_tokens(base.tokenizer, choices) if len(choices) == len(tasks) else ()
+
+    setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, samples, classes)
     trainee = STARTS[order.method](setup)
     return trainee, Loop(trainee, corpus, Schedule(order.steps, order.learning_rate, order.batch, order.seed))
 

@@ -16,7 +16,7 @@ from typing import Any
 from motet.adapters.recipes.readers import Example
 from motet.adapters.recipes.run import Order
 from motet.adapters.recipes.scoring import Track, answers, score
-from motet.adapters.recipes.tasks import Task, examples
+from motet.adapters.recipes.tasks import JOINED, Task, examples
 
 FILE = "scores.json"
 ROWS_SEED = 0
@@ -63,16 +63,28 @@ class Result:
     demo: str
 
 
-def write(folder: Path, order: Order, exam: Exam, base: Result, adapter: Result) -> None:
-    """Write the record beside the adapter."""
+def write(
+    folder: Path, order: Order, exams: Sequence[Exam], bases: Sequence[Result], adapters: Sequence[Result]
+) -> None:
+    """Write the record beside the adapter.
+
+    Args:
+        exams: of each of the order's tasks; the results of either model belong to them one by one.
+    """
+    sections = {
+        name: {
+            "split": f"{exam.task.data}.test",
+            "n": len(exam.rows),
+            "of": exam.n_all,
+            "base_told_the_format": base.scores,
+            "adapter": adapter.scores,
+            "demo": {"question": exam.task.demo, "base": base.demo, "adapter": adapter.demo},
+        }
+        for name, exam, base, adapter in zip(order.task.split(JOINED), exams, bases, adapters, strict=True)
+    }
     record = {
         "task": order.task,
-        "split": f"{exam.task.data}.test",
-        "n": len(exam.rows),
-        "of": exam.n_all,
-        "base_told_the_format": base.scores,
-        "adapter": adapter.scores,
-        "demo": {"question": exam.task.demo, "base": base.demo, "adapter": adapter.demo},
+        **(sections[order.task] if len(sections) == 1 else {"tasks": sections}),
         **{name: value for name, value in asdict(order).items() if name != "task"},
         "training_dtype": "bfloat16 autocast",
         "scoring_dtype": "float32",

@@ -5,6 +5,7 @@ Must not know: methods, training, files.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any, TypeVar
@@ -24,9 +25,11 @@ Track = Callable[[Sequence[Item]], Iterable[Item]]
 @torch.inference_mode()
 def answers(
     model: Any, tokenizer: Any, task: Task, questions: Sequence[str], track: Track[int] = iter
-) -> tuple[list[str], list[float]]:
-    """Greedy texts and, with choices, the first token's logit for the one less that for the other (else 0)."""
-    texts, margins = [""] * len(questions), [0.0] * len(questions)
+) -> tuple[list[str], list[list[float]]]:
+    """Greedy texts and, of each, the logits of the choices' first tokens; none without choices."""
+    texts: list[str] = [""] * len(questions)
+    logits: list[list[float]] = [[]] * len(questions)
+    first_tokens = [tokenizer(choice)["input_ids"][0] for choice in task.choices or ()]
     prompts = [chat_ids(tokenizer, question) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     keep = {"return_dict_in_generate": True, "output_logits": task.choices is not None}
@@ -36,21 +39,22 @@ def answers(
         out = model.eval().generate(**batch, **keep, do_sample=False, max_new_tokens=task.answer_tokens)
         for row, i in enumerate(chosen):
             texts[i] = tokenizer.decode(out.sequences[row, len(batch["input_ids"][0]) :], skip_special_tokens=True)
-            if task.choices:
-                one, other = (tokenizer(choice)["input_ids"][0] for choice in task.choices)
-                margins[i] = float(out.logits[0][row, one] - out.logits[0][row, other])
-    return texts, margins
+            if first_tokens:
+                logits[i] = out.logits[0][row, first_tokens].tolist()
+    return texts, logits
 
 
 def score(
     model: Any, tokenizer: Any, task: Task, tests: Sequence[Example], hint: str = "", track: Track[int] = iter
 ) -> dict[str, float]:
-    """Exact match and micro F1 of the facts, share of well-formed texts; with choices, accuracy and AUC of logits.
+    """Exact match and micro F1 of the facts, share of well-formed texts; with choices, accuracy by the logits.
+
+    With two choices their AUC too.
 
     Args:
         hint: put before every question.
     """
-    texts, margins = answers(model, tokenizer, task, [hint + question for question, _ in tests], track)
+    texts, logits = answers(model, tokenizer, task, [hint + question for question, _ in tests], track)
     pairs = [(task.facts(text), task.facts(told) or frozenset()) for text, (_, told) in zip(texts, tests, strict=True)]
     metrics = {
         "exact_match": fmean(given == wanted for given, wanted in pairs),
@@ -58,8 +62,11 @@ def score(
         "well_formed": fmean(given is not None for given, _ in pairs),
     }
     if task.choices:
-        yes, no = ([m for m, (_, told) in zip(margins, tests, strict=True) if told == c] for c in task.choices)
-        metrics["majority_class"] = max(len(yes), len(no)) / len(tests)
-        metrics["logit_accuracy"] = fmean([y > 0 for y in yes] + [n <= 0 for n in no])
-        metrics["logit_auc"] = fmean((y > n) + (y == n) / 2 for y in yes for n in no)
+        right = [task.choices.index(told) for _, told in tests]
+        metrics["majority_class"] = max(Counter(right).values()) / len(tests)
+        metrics["logit_accuracy"] = fmean(row.index(max(row)) == c for row, c in zip(logits, right, strict=True))
+        if len(task.choices) == 2:
+            margins = [one - other for one, other in logits]
+            yes, no = ([m for m, r in zip(margins, right, strict=True) if r == c] for c in range(2))
+            metrics["logit_auc"] = fmean((y > n) + (y == n) / 2 for y in yes for n in no)
     return {name: round(value, 4) for name, value in metrics.items()}

@@ -81,6 +81,13 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "polar": Recipe("orthonormal factors around a free core, trained on the landing field", 4e-3, alpha=32),
     "s2ft": Recipe("some channels and heads as they are, the rest without gradient", 1e-3, targets=("down_proj",)),
+    "emtal": Recipe(
+        "LoRA of several label-word tasks, learnt beside a router that fades",
+        4e-3,
+        rank=4,
+        alpha=4,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
     "lisa": Recipe("whole layers, a few at a time, and the embedding: a whole model", 3e-4, 0, 0, targets=()),
     "full": Recipe("every parameter all the time: a whole model", 1e-4, 0, 0, targets=()),
 }

@@ -6,8 +6,9 @@ Must not know: models, tokens, methods.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Task:
         facts: what an answer is scored by; None where the text is not of the task's form.
         hint: put before the question for the base model only, which cannot know the form otherwise.
         answer_tokens: the longest answer asked for.
-        choices: answers to rank by the logit of their first token as well; the rows are balanced between them.
+        choices: all answers there are, to rank by the logit of their first token as well; the rows are balanced
+            between them.
     """
 
     data: str
@@ -35,7 +37,7 @@ class Task:
     hint: str
     answer_tokens: int
     demo: str
-    choices: tuple[str, str] | None = None
+    choices: tuple[str, ...] | None = None
 
 
 TASKS: Mapping[str, Task] = {
@@ -67,7 +69,53 @@ TASKS: Mapping[str, Task] = {
         demo="Is confectioners' sugar the same as powdered sugar?",
         choices=("true", "false"),
     ),
+    "wikisql-aggregate": Task(
+        data="text/wikisql",
+        read=readers.read_aggregate,
+        facts=partial(readers.word_facts, readers.AGGREGATES.values()),
+        hint="Which operation on a table answers the question? Answer with one word: select, count, maximum, minimum, "
+        "sum or average.\n\nQuestion: ",
+        answer_tokens=4,
+        demo="What is the highest number of points when the home team is Essendon?",
+        choices=tuple(readers.AGGREGATES.values()),
+    ),
+    "advising-kind": Task(
+        data="text/advising_sql",
+        read=readers.read_kind,
+        facts=partial(readers.word_facts, readers.KINDS),
+        hint="What does the student ask for? Answer with one word: course, teacher, time, number, or whether for a "
+        "question that is answered by yes or no.\n\nQuestion: ",
+        answer_tokens=4,
+        demo="Who is teaching EECS 484 next Winter?",
+        choices=readers.KINDS,
+    ),
 }
+JOINED = "+"
+"""Between the names of tasks that one adapter learns at once."""
+
+
+def named(names: str) -> tuple[Task, ...]:
+    """The tasks of a name, or of several joined by "+".
+
+    Raises:
+        DataError: there is no such task, or one stands twice.
+    """
+    parts = names.split(JOINED)
+    for number, part in enumerate(parts):
+        if part not in TASKS:
+            raise DataError(f"there is no task {part!r}; choose from {', '.join(TASKS)}, one or several joined by '+'")
+        if part in parts[:number]:
+            raise DataError(f"the task {part!r} is named twice; name each once")
+    return tuple(TASKS[part] for part in parts)
+
+
+def interleaved(tasks: Sequence[Task], data: Path, split: str) -> list[Example]:
+    """Rows of each task in turn, as many of every one as the smallest has.
+
+    Raises:
+        DataError: a file is absent.
+    """
+    return [example for turn in zip(*(examples(task, data, split) for task in tasks), strict=False) for example in turn]
 
 
 def examples(task: Task, data: Path, split: str) -> list[Example]:
@@ -80,7 +128,7 @@ def examples(task: Task, data: Path, split: str) -> list[Example]:
     if task.choices is None:
         return found
     sides = ([example for example in found if example[1] == choice] for choice in task.choices)
-    return [example for pair in zip(*sides, strict=False) for example in pair]  # as many of the one as the other
+    return [example for turn in zip(*sides, strict=False) for example in turn]  # as many of each as of any other
 
 
 def rows(data: Path, name: str, split: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ class Setup:
         recipe: the row of the table; rank, alpha and targets below go before its own.
         base_name: what the saved files call the base.
         samples: [1, T] token ids to calibrate with, made when asked for.
+        classes: of each task the token ids of its label words, made when asked for; none where a task has no such.
     """
 
     model: Any
@@ -34,6 +35,7 @@ class Setup:
     targets: tuple[str, ...]
     base_name: str
     samples: Callable[[], Sequence[torch.Tensor]]
+    classes: Callable[[], Sequence[Sequence[int]]] = tuple
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
+from motet.adapters.base import Kind
 from motet.adapters.errors import AdapterError
 from motet.adapters.lowered_file import dump
 from motet.adapters.source import confine
-from motet.adapters.spec import Declared
+from motet.adapters.spec import Declared, LossyForm
 from motet.server.api.schemas import LoadAdapterBody, UnloadAdapterBody
 from motet.server.api.service import Service
 
@@ -40,7 +41,8 @@ def router(service: Service) -> APIRouter:
             raise
         service.metrics.loads.labels("loaded").inc()
         logger.info("adapter %s is loaded", info.version.short)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+        lossy = f" {info.receipt.error}." if info.receipt.error else ""
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.{lossy}")
 
     @routes.post("/v1/unload_lora_adapter")
     async def unload_lora_adapter(body: UnloadAdapterBody) -> PlainTextResponse:
@@ -58,6 +60,7 @@ def router(service: Service) -> APIRouter:
             "dtype": service.base.dtype,
             "targets": list(model.targets),
             "other_modules": sorted(model.other_modules),
+            "embedding": None if (embedding := model.of_kind(Kind.EMBEDDING)) is None else embedding.name,
         }
 
     @routes.get("/v1/adapters/{name:path}/lowered")
@@ -79,10 +82,12 @@ def _places(service: Service, body: LoadAdapterBody) -> tuple[Path, Declared]:
 
     Raises:
         UnsafePathError, SourceNotFoundError: one is not below the adapter roots.
+        ConfigError: there is no such lossy form.
     """
     folder, initial, residual = (
         None if path is None else confine(Path(path), service.adapter_roots)
         for path in (body.lora_path, body.initial_path, body.residual_path)
     )
     assert folder is not None
-    return folder, Declared(initial, residual, body.trained_on_base)
+    form = None if body.approximate is None else LossyForm.parse(body.approximate)
+    return folder, Declared(initial, residual, body.trained_on_base, form)

@@ -16,10 +16,11 @@ from jinja2 import TemplateError
 
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
-from motet.server.api.job import Choice, Job, Piece, Wanted
+from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
 from motet.server.api.schemas import ChatBody
 from motet.server.api.service import Service
 from motet.server.api.text import Tokenizer, token_bytes, token_text
+from motet.server.api.voice import Voice
 from motet.server.engine.types import TokenLogprobs
 
 RESERVED = frozenset(
@@ -39,8 +40,9 @@ def router(service: Service) -> APIRouter:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         wanted = Wanted(max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-        job = Job(service, body, [_prompt(service.tokenizer, body)], wanted)
-        response = _Chat(service.tokenizer, body, job)
+        with service.voice(body.model) as voice:
+            job = Job(service, voice, body, [_prompt(voice, body)], wanted)
+            response = _Chat(voice.tokenizer, body, job)
         if not body.stream:
             return await answer_at_once(request, job, response.whole)
         options = body.stream_options
@@ -50,10 +52,10 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _prompt(tokenizer: Tokenizer, body: ChatBody) -> Sequence[int]:
+def _prompt(voice: Voice, body: ChatBody) -> Sequence[int]:
     """The conversation in the model's own chat template, as token ids."""
-    if not tokenizer.chat_template:
-        raise bad_request("the base model has no chat template; use /v1/completions", "messages")
+    if not voice.tokenizer.chat_template:
+        raise bad_request(f"{voice.model} has no chat template; use /v1/completions", "messages")
     if body.continue_final_message and body.add_generation_prompt:
         raise bad_request("continue_final_message needs add_generation_prompt: false", "continue_final_message")
     extra = body.chat_template_kwargs or {}
@@ -70,7 +72,7 @@ def _prompt(tokenizer: Tokenizer, body: ChatBody) -> Sequence[int]:
         for message in body.messages
     ]
     try:
-        encoded = tokenizer.apply_chat_template(
+        encoded = voice.tokenizer.apply_chat_template(
             messages,
             tokenize=True,
             return_dict=True,
@@ -83,6 +85,7 @@ def _prompt(tokenizer: Tokenizer, body: ChatBody) -> Sequence[int]:
     prompt: list[int] = list(encoded["input_ids"])
     if not prompt:
         raise bad_request("the chat template renders these messages to nothing", "messages")
+    require_known(prompt, voice, "messages")
     return prompt
 
 

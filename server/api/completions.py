@@ -16,10 +16,11 @@ from fastapi.responses import Response
 
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
-from motet.server.api.job import Choice, Job, Piece, Wanted
+from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
 from motet.server.api.schemas import CompletionBody
 from motet.server.api.service import Service
 from motet.server.api.text import Tokenizer, token_text
+from motet.server.api.voice import Voice
 from motet.server.engine.types import TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
@@ -34,14 +35,14 @@ def router(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is honoured only where it equals n: answers are not ranked", "best_of")
-        prompts = _prompts(service, body)
         wanted = Wanted(
             max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
-        job = Job(service, body, prompts, wanted)
-        response = _Completion(service, body, job)
+        with service.voice(body.model) as voice:
+            job = Job(service, voice, body, _prompts(voice, body), wanted)
+            response = _Completion(voice.tokenizer, body, job)
         if not body.stream:
             return await answer_at_once(request, job, response.whole)
         options = body.stream_options
@@ -51,31 +52,28 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _prompts(service: Service, body: CompletionBody) -> Sequence[Sequence[int]]:
+def _prompts(voice: Voice, body: CompletionBody) -> Sequence[Sequence[int]]:
     """Token ids of each prompt: a string, strings, token ids, or lists of them."""
     given = body.prompt
     several: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
     if not several:
         raise bad_request("prompt is an empty list; give at least one prompt", "prompt")
     prompts = [
-        service.tokenizer(one, add_special_tokens=body.add_special_tokens)["input_ids"] if isinstance(one, str) else one
+        voice.tokenizer(one, add_special_tokens=body.add_special_tokens)["input_ids"] if isinstance(one, str) else one
         for one in several
     ]
     for prompt in prompts:
         if not prompt:
             raise bad_request("prompt is empty; give at least one token", "prompt")
-        if (largest := max(prompt)) >= service.base.vocabulary:
-            raise bad_request(
-                f"prompt has token {largest}; the base model's tokens are 0 to {service.base.vocabulary - 1}", "prompt"
-            )
+        require_known(prompt, voice, "prompt")
     return prompts
 
 
 class _Completion:
     """Bodies of one response."""
 
-    def __init__(self, service: Service, body: CompletionBody, job: Job) -> None:
-        self._tokenizer, self._body, self._job = service.tokenizer, body, job
+    def __init__(self, tokenizer: Tokenizer, body: CompletionBody, job: Job) -> None:
+        self._tokenizer, self._body, self._job = tokenizer, body, job
         self._frame = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",

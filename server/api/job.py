@@ -14,6 +14,7 @@ from motet.server.api.errors import ApiError, bad_request
 from motet.server.api.schemas import MOST_STOPS, GenerationBody
 from motet.server.api.service import Service
 from motet.server.api.text import Detokenizer
+from motet.server.api.voice import Voice
 from motet.server.engine.types import FinishReason, Sampling, TokenEvent, TokenLogprobs
 
 MOST_GENERATIONS = 1024
@@ -73,11 +74,10 @@ class Job:
     """
 
     def __init__(
-        self, service: Service, body: GenerationBody, prompts: Sequence[Sequence[int]], wanted: Wanted
+        self, service: Service, voice: Voice, body: GenerationBody, prompts: Sequence[Sequence[int]], wanted: Wanted
     ) -> None:
         self._service = service
         self._arrival_s = time.perf_counter()
-        service.require_open()
         copies = body.n or 1
         if len(prompts) * copies > MOST_GENERATIONS:
             raise bad_request(
@@ -85,21 +85,20 @@ class Job:
                 f"{MOST_GENERATIONS} are possible in one request",
                 "n",
             )
-        samplings = [_sampling(service, body, prompt, wanted) for prompt in prompts]
+        samplings = [_sampling(service.base.max_length, voice, body, prompt, wanted) for prompt in prompts]
         stops = _stops(body)
         self.drop_drawn = wanted.max_tokens == 0
         self.prompts = prompts
-        # Nothing from here to the submission may refuse the request: nobody would end the lease and the stream.
-        self._lease = service.resolve(body.model)
-        self.version = None if self._lease is None else self._lease.version
-        self.system_fingerprint = service.fingerprint(self._lease)
+        # Nothing from here to the submission may refuse the request: nobody would end the stream.
+        self.version = None if voice.lease is None else voice.lease.version
+        self.system_fingerprint = service.fingerprint(voice.lease)
         self._stream = service.streams.open(len(prompts) * copies)
         self.choices = [
             Choice(
                 index=index,
                 prompt=prompts[index // copies],
                 detokenizer=Detokenizer(
-                    service.tokenizer,
+                    voice.tokenizer,
                     prompts[index // copies],
                     stops,
                     skip_special_tokens=body.skip_special_tokens,
@@ -111,16 +110,12 @@ class Job:
         self._include_stop = body.include_stop_str_in_output
         self._min_tokens = body.min_tokens
         self._by_generation = dict(zip(self._stream.generations, self.choices, strict=True))
-        self._submit(samplings, copies)
+        self._submit(voice.lease, samplings, copies)
 
-    def _submit(self, samplings: Sequence[Sampling], copies: int) -> None:
+    def _submit(self, resolved: Lease | None, samplings: Sequence[Sampling], copies: int) -> None:
         """Hand every generation to the engine, each with its own lease on the one version the name meant."""
-        leases: list[Lease | None] = [self._lease]
-        if self._lease is not None:
-            leases += [self._service.registry.renew(self._lease) for _ in self.choices[1:]]
-        else:
-            leases += [None] * (len(self.choices) - 1)
-        for generation, choice, lease in zip(self._stream.generations, self.choices, leases, strict=True):
+        for generation, choice in zip(self._stream.generations, self.choices, strict=True):
+            lease = None if resolved is None else self._service.registry.renew(resolved)
             sampling = _copy_for(samplings[choice.index // copies], choice.index % copies)
             self._service.engine.submit(generation, choice.prompt, sampling, lease)
 
@@ -209,6 +204,14 @@ class Job:
         }
 
 
+def require_known(prompt: Sequence[int], voice: Voice, param: str) -> None:
+    """Refuse token ids that the model does not have."""
+    if (largest := max(prompt)) >= voice.vocabulary:
+        raise bad_request(
+            f"{param} has token {largest}; the tokens of {voice.model} are 0 to {voice.vocabulary - 1}", param
+        )
+
+
 def _stops(body: GenerationBody) -> list[str]:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > MOST_STOPS:
@@ -218,23 +221,22 @@ def _stops(body: GenerationBody) -> list[str]:
     return stops
 
 
-def _sampling(service: Service, body: GenerationBody, prompt: Sequence[int], wanted: Wanted) -> Sampling:
-    base = service.base
-    room = base.max_length - len(prompt)
+def _sampling(max_length: int, voice: Voice, body: GenerationBody, prompt: Sequence[int], wanted: Wanted) -> Sampling:
+    room = max_length - len(prompt)
     max_tokens = room if wanted.max_tokens is None else max(1, wanted.max_tokens)
     if room < 1 or max_tokens > room:
         raise bad_request(
             f"the prompt has {len(prompt)} tokens and max_tokens is {wanted.max_tokens}; together at most "
-            f"{base.max_length} are possible: shorten the prompt or lower max_tokens",
+            f"{max_length} are possible: shorten the prompt or lower max_tokens",
             "max_tokens" if room >= 1 else "prompt",
             "context_length_exceeded",
         )
     if body.min_tokens > max_tokens:
         raise bad_request(f"min_tokens {body.min_tokens} exceeds max_tokens {max_tokens}", "min_tokens")
     stop_tokens = frozenset(body.stop_token_ids or ())
-    if stop_tokens and (largest := max(stop_tokens)) >= base.vocabulary:
+    if stop_tokens and (largest := max(stop_tokens)) >= voice.vocabulary:
         raise bad_request(
-            f"stop_token_ids has token {largest}; the base model's tokens are 0 to {base.vocabulary - 1}",
+            f"stop_token_ids has token {largest}; the tokens of {voice.model} are 0 to {voice.vocabulary - 1}",
             "stop_token_ids",
         )
     return Sampling(
@@ -245,11 +247,11 @@ def _sampling(service: Service, body: GenerationBody, prompt: Sequence[int], wan
         top_k=body.top_k if body.top_k and body.top_k > 0 else None,
         min_p=body.min_p or 0.0,
         seed=body.seed,
-        stop_token_ids=stop_tokens if body.ignore_eos else stop_tokens | base.end_tokens,
+        stop_token_ids=stop_tokens if body.ignore_eos else stop_tokens | voice.end_tokens,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        logit_bias=_logit_bias(body, base.vocabulary),
+        logit_bias=_logit_bias(body, voice.vocabulary),
         top_logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
     )

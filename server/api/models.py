@@ -5,6 +5,7 @@ Must not know: where adapters come from.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -44,6 +45,7 @@ def _adapter(service: Service, info: AdapterInfo) -> dict[str, Any]:
         "state": "ready",
         "bytes": receipt.resident_bytes,
         "exact": receipt.exact,
+        "error": None if receipt.error is None else {"summary": str(receipt.error), **asdict(receipt.error)},
     }
     return card
 

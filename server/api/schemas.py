@@ -117,7 +117,7 @@ class ChatBody(GenerationBody):
 
 
 class LoadAdapterBody(Body):
-    """POST /v1/load_lora_adapter; the last three declare what the folder does not say."""
+    """POST /v1/load_lora_adapter; `initial_path` to `trained_on_base` declare what the folder does not say."""
 
     lora_name: str = Field(min_length=1)
     lora_path: str = Field(min_length=1)
@@ -125,6 +125,7 @@ class LoadAdapterBody(Body):
     initial_path: str | None = Field(default=None, min_length=1)
     residual_path: str | None = Field(default=None, min_length=1)
     trained_on_base: bool = False
+    approximate: str | None = None
 
 
 class UnloadAdapterBody(Body):

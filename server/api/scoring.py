@@ -30,17 +30,25 @@ class Scorer:
     def __init__(self, base: BaseInfo, engine: Engine, streams: Streams) -> None:
         self._base, self._engine, self._streams = base, engine, streams
 
-    async def logprobs(self, prompts: Sequence[Sequence[int]], lease: Callable[[], Lease | None]) -> list[list[float]]:
+    @property
+    def most_tokens(self) -> int:
+        """Of one prompt."""
+        return self._base.max_length - 1
+
+    async def logprobs(
+        self, prompts: Sequence[Sequence[int]], lease: Callable[[], Lease | None], vocabulary: int | None = None
+    ) -> list[list[float]]:
         """Natural log-probabilities of each prompt's tokens from the second on.
 
         Args:
+            vocabulary: of the adapter, where it is not the base's.
             lease: gives a lease of its own to every prompt; the engine ends it. None is the base model.
 
         Raises:
             ScoringError: a prompt does not fit the base model, or its step failed.
         """
         for index, prompt in enumerate(prompts):
-            self._require_possible(index, prompt)
+            self._require_possible(index, prompt, vocabulary or self._base.vocabulary)
         stream = self._streams.open(len(prompts))
         found: dict[GenerationId, list[float]] = {generation: [] for generation in stream.generations}
         try:
@@ -56,17 +64,17 @@ class Scorer:
             self._streams.close(stream)
         return [found[generation] for generation in stream.generations]
 
-    def _require_possible(self, index: int, prompt: Sequence[int]) -> None:
+    def _require_possible(self, index: int, prompt: Sequence[int], vocabulary: int) -> None:
         if not self._engine.alive:
             raise ScoringError("the engine does not run; start the server again")
-        if len(prompt) >= self._base.max_length:
+        if len(prompt) > self.most_tokens:
             raise ScoringError(
-                f"prompt {index} has {len(prompt)} tokens; the base model takes {self._base.max_length - 1}: shorten it"
+                f"prompt {index} has {len(prompt)} tokens; the base model takes {self.most_tokens}: shorten it"
             )
-        if (largest := max(prompt)) >= self._base.vocabulary:
+        if (largest := max(prompt)) >= vocabulary:
             raise ScoringError(
-                f"prompt {index} has token {largest}; the base model's tokens are 0 to {self._base.vocabulary - 1}: "
-                "the prompt is of another tokenizer"
+                f"prompt {index} has token {largest}; the model's tokens are 0 to {vocabulary - 1}: the prompt is of "
+                "another tokenizer"
             )
 
 
@@ -74,7 +82,7 @@ def golden_check(scorer: Scorer, loop: asyncio.AbstractEventLoop) -> Check:
     """The check for a registry whose loads run in other threads than the loop's."""
 
     def check(golden: Golden, lease: Callable[[], Lease]) -> None:
-        work = scorer.logprobs([prompt.tokens for prompt in golden.prompts], lease)
+        work = scorer.logprobs([prompt.tokens for prompt in golden.prompts], lease, golden.vocabulary)
         try:
             served = asyncio.run_coroutine_threadsafe(work, loop).result()
         except ScoringError as error:

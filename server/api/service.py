@@ -5,8 +5,9 @@ Must not know: how requests look, how steps are computed.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from motet.adapters.errors import AdapterNotFoundError
 from motet.adapters.registry import Lease, Registry
 from motet.server.api.errors import ApiError
 from motet.server.api.text import Tokenizer
+from motet.server.api.voice import Voice
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
 from motet.server.metrics import Metrics
@@ -94,6 +96,28 @@ class Service:
                 code="model_not_found",
                 param="model",
             ) from error
+
+    @contextlib.contextmanager
+    def voice(self, model: str) -> Iterator[Voice]:
+        """What a new request to the model of that name speaks with, until the request has leases of its own.
+
+        Raises:
+            ApiError: there is no such model, or no new work is taken.
+        """
+        self.require_open()
+        lease = self.resolve(model)
+        if lease is None:
+            yield Voice(None, "the base model", self.tokenizer, self.base.vocabulary, self.base.end_tokens)
+            return
+        try:
+            own, name = lease.own, f"adapter {lease.version.name!r}"
+            vocabulary = self.registry.residency.vocabulary(lease.slot) or self.base.vocabulary
+            tokenizer, end_tokens = (
+                (self.tokenizer, self.base.end_tokens) if own is None else (own.tokenizer, own.end_tokens)
+            )
+            yield Voice(lease, name, tokenizer, vocabulary, end_tokens)
+        finally:
+            self.registry.release(lease)
 
     def fingerprint(self, lease: Lease | None) -> str:
         """`system_fingerprint`: base weights, and the adapter's content."""

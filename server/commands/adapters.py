@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from motet.adapters.spec import Declared
+from motet.adapters.spec import Declared, LossyForm
 from motet.server.commands import options
 from motet.server.commands.client import call
 from motet.server.commands.terminal import console, facts, stages
@@ -34,11 +34,12 @@ def list_adapters(url: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
-    table = Table("adapter", "method", "rank", "MiB", "version", box=None, pad_edge=False)
+    table = Table("adapter", "method", "rank", "MiB", "version", "result", box=None, pad_edge=False)
     for row in rows:
         adapter = row["adapter"]
         size = f"{adapter['bytes'] / 2**20:.1f}"
-        table.add_row(row["id"], adapter["method"], str(adapter["rank"]), size, adapter["version"][:12])
+        result = adapter["error"]["summary"] if adapter["error"] else "exact" if adapter["exact"] else "approximate"
+        table.add_row(row["id"], adapter["method"], str(adapter["rank"]), size, adapter["version"][:12], result)
     console.print(table)
 
 
@@ -56,6 +57,7 @@ def load(
     initial: str | None,
     residual: str | None,
     trained_on_base: bool,
+    approximate: LossyForm | None,
     url: str,
     as_json: bool,
 ) -> None:
@@ -67,10 +69,13 @@ def load(
         "initial_path": initial,
         "residual_path": residual,
         "trained_on_base": trained_on_base,
+        "approximate": None if approximate is None else str(approximate),
     }
     call("POST", url, "/v1/load_lora_adapter", "MOTET_ADMIN_KEY", body)
     model = call("GET", url, f"/v1/models/{name}", "MOTET_API_KEY").json()
-    click.echo(json.dumps(model) if as_json else f"loaded {name} ({model['adapter']['version'][:12]})")
+    error = model["adapter"]["error"]
+    said = f"loaded {name} ({model['adapter']['version'][:12]})" + (f", {error['summary']}" if error else "")
+    click.echo(json.dumps(model) if as_json else said)
 
 
 @adapters.command()
@@ -89,13 +94,19 @@ def unload(name: str, url: str, as_json: bool) -> None:
 @options.model
 @options.as_json
 def inspect(
-    folder: Path, initial: Path | None, residual: Path | None, trained_on_base: bool, model: str | None, as_json: bool
+    folder: Path,
+    initial: Path | None,
+    residual: Path | None,
+    trained_on_base: bool,
+    approximate: LossyForm | None,
+    model: str | None,
+    as_json: bool,
 ) -> None:
     """Print the load receipt of the adapter in FOLDER, without a server."""
     from motet.server import serve as serving
 
     config = ServeConfig(model=model, dtype="auto", device="cpu")
-    declared = Declared(initial, residual, trained_on_base)
+    declared = Declared(initial, residual, trained_on_base, approximate)
     _, _, receipt = serving.lower_alone(config, folder, declared, stages(as_json))
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(receipt)))
@@ -108,12 +119,13 @@ def inspect(
         ("targets", f"{receipt.targets_matched} of {receipt.targets_expected} expected"),
         ("scaling", receipt.scaling),
         ("bytes", f"{receipt.resident_bytes:,}"),
-        ("result", "exact" if receipt.exact else "approximate"),
+        ("result", "exact" if receipt.exact else str(receipt.error or "approximate")),
         ("digest", receipt.digest),
     )
     console.print(facts(rows))
     norms = sorted(receipt.relative_norms.items(), key=lambda item: item[1])
-    norm_table = Table("target", "‖ΔW‖/‖W‖", box=None, pad_edge=False)
+    missed = receipt.error.change.targets if receipt.error else {}
+    norm_table = Table("target", "‖ΔW‖/‖W‖", *(["missed of ΔW"] if missed else []), box=None, pad_edge=False)
     for name, norm in norms:
-        norm_table.add_row(name, f"{norm:.4f}")
+        norm_table.add_row(name, f"{norm:.4f}", *([f"{missed[name]:.1%}"] if name in missed else []))
     console.print(norm_table)

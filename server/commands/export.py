@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from motet.adapters.spec import Declared
+from motet.adapters.spec import Declared, LossyForm
 from motet.server.commands import options
 from motet.server.commands.client import base_of, lowered_of
 from motet.server.commands.terminal import console, stage
@@ -43,24 +43,36 @@ def export(
     initial: Path | None,
     residual: Path | None,
     trained_on_base: bool,
+    approximate: LossyForm | None,
     model: str | None,
     url: str,
 ) -> None:
     """Write an adapter as a plain LoRA folder: the one in FOLDER, or the one a server has loaded as NAME."""
     import torch
 
+    from motet.adapters.base import Kind
     from motet.adapters.export import export_peft
     from motet.server import serve as serving
 
-    declared, (_, folder) = Declared(initial, residual, trained_on_base), to
+    declared, (_, folder) = Declared(initial, residual, trained_on_base, approximate), to
     if Path(source).is_dir():
         config = ServeConfig(model=model, dtype="auto", device="cpu")
         loaded, lowered, _ = serving.lower_alone(config, Path(source), declared, stage)
         base_name, modules = loaded.name, [*loaded.base.targets, *loaded.base.other_modules]
+        target = loaded.base.of_kind(Kind.EMBEDDING)
+        embedding = None if target is None else target.name
     else:
         options.require_nothing_declared(source, declared)
         _, lowered = lowered_of(url, source)
         base = base_of(url)
-        base_name, modules = base["name"], [*base["targets"], *base["other_modules"]]
-    export_peft(lowered, folder, modules, dtype=getattr(torch, dtype), base_name=base_name, task_type="CAUSAL_LM")
+        base_name, modules, embedding = base["name"], [*base["targets"], *base["other_modules"]], base["embedding"]
+    export_peft(
+        lowered,
+        folder,
+        modules,
+        embedding=embedding,
+        dtype=getattr(torch, dtype),
+        base_name=base_name,
+        task_type="CAUSAL_LM",
+    )
     console.print(f"wrote {folder}", markup=False, soft_wrap=True)

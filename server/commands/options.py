@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from motet.adapters.spec import Declared
+from motet.adapters.errors import ConfigError
+from motet.adapters.spec import Declared, LossyForm
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -30,8 +31,15 @@ def url(command: Command) -> Command:
     )
 
 
+def _form(_: click.Context, __: click.Parameter, text: str | None) -> LossyForm | None:
+    try:
+        return None if text is None else LossyForm.parse(text)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def declarations(places: type[Path] | type[str]) -> Callable[[Command], Command]:
-    """--initial, --residual and --trained-on-base.
+    """--initial, --residual, --trained-on-base and --approximate.
 
     Args:
         places: Path for folders on this machine, str for folders on the server's.
@@ -40,6 +48,12 @@ def declarations(places: type[Path] | type[str]) -> Callable[[Command], Command]
 
     def add(command: Command) -> Command:
         for option in (
+            click.option(
+                "--approximate",
+                callback=_form,
+                metavar="FORM",
+                help="Serve replaced weights in a lossy form: svd-R, pairs of rank R, or 1bit, one bit a weight.",
+            ),
             click.option(
                 "--trained-on-base", is_flag=True, help="The pair is the whole change, whatever it looks like."
             ),
@@ -59,5 +73,5 @@ def require_nothing_declared(name: str, declared: Declared) -> None:
     if declared != Declared():
         raise click.UsageError(
             f"{name!r} is no folder here, so it is asked from the server, which has its declarations; leave out "
-            "--initial, --residual and --trained-on-base, or give the folder"
+            "--initial, --residual, --trained-on-base and --approximate, or give the folder"
         )

@@ -40,16 +40,19 @@ class DenseReference:
     @torch.inference_mode()
     def merge(self, lowered: Lowered) -> None:
         """Make it the model of the adapter, for good."""
-        for target, effects in lowered.effects.items():
-            linear = self._model.get_submodule(target)
-            assert isinstance(linear, nn.Linear)
-            weight_OI, bias_O = merge(effects, linear.weight, linear.bias)
-            linear.weight = nn.Parameter(weight_OI, requires_grad=False)
-            if bias_O is not None:
-                linear.bias = nn.Parameter(bias_O, requires_grad=False)
-        for path, values in lowered.overlays.items():
+        for path, values in lowered.overlays.items():  # before the effects, which act on what is replaced
             module, _, name = path.rpartition(".")
             setattr(self._model.get_submodule(module), name, nn.Parameter(values.clone(), requires_grad=False))
+        for target, effects in lowered.effects.items():
+            layer = self._model.get_submodule(target)
+            embeds = isinstance(layer, nn.Embedding)
+            assert embeds or isinstance(layer, nn.Linear)
+            weight_OI, bias_O = merge(
+                effects, layer.weight.T if embeds else layer.weight, None if embeds else layer.bias
+            )
+            layer.weight = nn.Parameter(weight_OI.T if embeds else weight_OI, requires_grad=False)
+            if bias_O is not None:
+                layer.bias = nn.Parameter(bias_O, requires_grad=False)
 
 
 def base_fingerprint(path: str, dtype: str) -> str:

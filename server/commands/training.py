@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from motet.adapters.recipes.errors import DataError
 from motet.adapters.recipes.table import RECIPES
-from motet.adapters.recipes.tasks import TASKS
+from motet.adapters.recipes.tasks import JOINED, TASKS, named
 from motet.server.commands.terminal import console, errors, facts, stage
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the default model is called where it comes from."""
 DEFAULT_DATA = Path("../shared/data")
+PACKAGES = ("peft", "scipy")
+"""The extra `train`."""
 
 Item = TypeVar("Item")
 
@@ -36,10 +39,24 @@ def _methods() -> str:
     return "\n".join(f"  {name:<{width}}  {recipe.summary}" for name, recipe in RECIPES.items())
 
 
+def _tasks(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    try:
+        named(value)
+    except DataError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
 # \b keeps click from filling the lines of the table.
 @click.command(help="Train an adapter with a recipe, on a CPU.\n\n\b\nMETHOD is one of\n" + _methods())
 @click.argument("method", type=click.Choice(list(RECIPES)), metavar="METHOD")
-@click.option("--task", type=click.Choice(list(TASKS)), required=True, help="What to learn.")
+@click.option(
+    "--task",
+    callback=_tasks,
+    required=True,
+    metavar="TASK[+TASK…]",
+    help=f"What to learn: {', '.join(TASKS)}, or several of them at once.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the adapter.")
 @click.option(
     "--model",
@@ -90,9 +107,9 @@ def train(
     resume: bool,
     n_rows: int | None,
 ) -> None:
-    if importlib.util.find_spec("peft") is None:
+    if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
         raise click.ClickException(
-            'training needs the package peft, which is not installed; pip install "motet[train]"'
+            f'training needs the package {missing[0]}, which is not installed; pip install "motet[train]"'
         )
     from motet.adapters.recipes import run, scorecard
 
@@ -110,21 +127,22 @@ def train(
         threads=threads or len(os.sched_getaffinity(0)),
     )
     with _quiet():
-        exam = scorecard.Exam.of(TASKS[task], data, n_rows) if n_rows else None
+        exams = [scorecard.Exam.of(part, data, n_rows) for part in named(task)] if n_rows else []
         base = _base(model, base_name)
-        base_result = None
-        if exam is not None:
-            base_result = exam.taken_by(base.model, base.tokenizer, _tracked("the base answers"), told=True)
+        track = _tracked("the base answers")
+        base_results = [exam.taken_by(base.model, base.tokenizer, track, told=True) for exam in exams]
         stage(f"preparing {method}")
         running = run.Run(order, base, data, out, resume=resume, keep_every=checkpoint_every)
         _follow(running, running.loop.done, order.steps)
-        if exam is not None and base_result is not None:
-            result = exam.taken_by(running.trainee.model, base.tokenizer, _tracked("the adapter answers"), told=False)
-            scorecard.write(out, order, exam, base_result, result)
+        track, model_after = _tracked("the adapter answers"), running.trainee.model
+        results = [exam.taken_by(model_after, base.tokenizer, track, told=False) for exam in exams]
+        if exams:
+            scorecard.write(out, order, exams, base_results, results)
     losses = running.loop.losses
     rows = [("adapter", str(out)), ("loss", f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last")]
-    if exam is not None:
-        rows += [(name, f"{value:.4f}") for name, value in result.scores.items()]
+    for part, result in zip(task.split(JOINED), results, strict=False):  # none without --score
+        heading = f"{part} " if JOINED in task else ""
+        rows += [(heading + name, f"{value:.4f}") for name, value in result.scores.items()]
     console.print(facts(rows))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from motet.adapters.spec import Declared
+from motet.adapters.spec import Declared, LossyForm
 from motet.server.commands import options
 from motet.server.commands.terminal import console, stages
 from motet.server.config import ServeConfig
@@ -62,6 +62,7 @@ def verify(
     initial: Path | None,
     residual: Path | None,
     trained_on_base: bool,
+    approximate: LossyForm | None,
     model: str | None,
     url: str,
     as_json: bool,
@@ -73,7 +74,7 @@ def verify(
     """
     from motet.server.commands import comparison
 
-    declared, report = Declared(initial, residual, trained_on_base), stages(as_json)
+    declared, report = Declared(initial, residual, trained_on_base, approximate), stages(as_json)
     if Path(source).is_dir():
         config = ServeConfig(model=model, dtype=dtype)
         compared = comparison.of_folder(config, Path(source), declared, texts, file, report)

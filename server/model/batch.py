@@ -5,22 +5,25 @@ Must not know: methods, sampling rules, the model's architecture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from motet.adapters.base import Target
+from motet.adapters.base import Kind, Target
 from motet.adapters.residency import Addresses, Int32, Residency
 from motet.adapters.version import Slot
-from motet.kernels.dispatch import Backend, low_rank_plan, sparse_plan
+from motet.kernels.dispatch import Backend, low_rank_plan, sign_plan, sparse_plan
 from motet.kernels.epilogue import RowVectorPlan, RowVectors
-from motet.kernels.ops import SparsePlan
+from motet.kernels.ops import SignPlan, SparsePlan
 from motet.kernels.segments import Segments, TargetShape
+from motet.kernels.sign import SignSegments
 from motet.kernels.sparse import SparseSegments
 from motet.server.engine.types import Span
-from motet.server.model.inject import StepEffects
+from motet.server.model.embedding import EmbeddedRun
+from motet.server.model.inject import AddedTokens, StepEffects
 from motet.server.model.overlay import OverlayPlan
 
 
@@ -32,6 +35,23 @@ class Run(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepChanges:
+    """What the adapters of one step do, by where its rows go.
+
+    Attributes:
+        body: to the linears; None when no row has an adapter.
+        embedding: to the input embedding.
+        head: to the output head, for the rows whose logits are needed; None when no adapter changes it.
+        vocabularies: slot → how many logits its rows have, of the adapters that add tokens.
+    """
+
+    body: StepEffects | None = None
+    embedding: Sequence[EmbeddedRun] = ()
+    head: StepEffects | None = None
+    vocabularies: Mapping[Slot, int] = field(default_factory=dict)
+
+
 class EffectsBuilder:
     """Builds a step's effects from the spans' slots.
 
@@ -39,60 +59,158 @@ class EffectsBuilder:
     steps, and no slot was filled or freed in between.
     """
 
-    def __init__(self, residency: Residency, targets: Sequence[Target], backend: Backend) -> None:
+    def __init__(
+        self, residency: Residency, targets: Sequence[Target], backend: Backend, *, embedding: str, head: str
+    ) -> None:
+        """Nothing is built yet.
+
+        Args:
+            targets: all of the base, in the order of their index.
+            embedding, head: paths of the modules; they need not be targets.
+        """
         self._residency = residency
         self._backend = backend
-        self._shapes = [TargetShape(target.in_width, target.out_width) for target in targets]
-        self._latest: tuple[tuple[list[Run], int, int], StepEffects] | None = None
+        self._embedding, self._head = embedding, head
+        self._of_kind = {kind: [target for target in targets if target.kind is kind] for kind in Kind}
+        self._latest: tuple[tuple[list[Run], int, int], StepChanges] | None = None
+        self._latest_head: tuple[tuple[list[Run], int, int], StepEffects] | None = None
 
-    def build(self, spans: Sequence[Span]) -> StepEffects | None:
-        """Effects for the rows of these spans; None when no span has an adapter."""
-        runs, rows = _runs(spans)
+    def build(self, spans: Sequence[Span]) -> StepChanges:
+        """Effects for the rows of these spans."""
+        runs, rows = _runs([(span, len(span.tokens)) for span in spans])
+        if not runs:
+            return StepChanges()
+        key = (runs, rows, self._residency.epoch)
+        if self._latest is None or self._latest[0] != key:
+            body, embedding = self._build(Kind.LINEAR, runs, rows), self._embedded(runs)
+            self._latest = (key, StepChanges(body, embedding, None, self._wider(runs)))
+        changes = self._latest[1]
+        if not any(self._head in self._residency.touched(run.slot) for run in runs):
+            return changes
+        return replace(changes, head=self._build_head(spans))
+
+    def _build_head(self, spans: Sequence[Span]) -> StepEffects | None:
+        runs, rows = _runs([(span, logit_rows(span)) for span in spans])
+        runs = [run for run in runs if self._head in self._residency.touched(run.slot)]
         if not runs:
             return None
         key = (runs, rows, self._residency.epoch)
-        if self._latest is None or self._latest[0] != key:
-            self._latest = (key, self._build(runs, rows))
-        return self._latest[1]
+        if self._latest_head is None or self._latest_head[0] != key:
+            head = self._build(Kind.HEAD, runs, rows)
+            wider = self._wider(runs)
+            added = [self._added(run, wider[run.slot]) for run in runs if run.slot in wider]
+            self._latest_head = (key, replace(head, added=added))
+        return self._latest_head[1]
 
-    def _build(self, runs: list[Run], rows: int) -> StepEffects:
-        addresses = self._residency.addresses([run.slot for run in runs])
+    def _wider(self, runs: list[Run]) -> dict[Slot, int]:
+        """Slot → the adapter's vocabulary, of those that add tokens to the base's."""
+        head = self._of_kind[Kind.HEAD]
+        found = {run.slot: self._residency.vocabulary(run.slot) for run in runs} if head else {}
+        return {slot: size for slot, size in found.items() if size is not None and size > head[0].out_width}
+
+    def _added(self, run: Run, vocabulary: int) -> AddedTokens:
+        """The weights of the tokens that a run's adapter adds: the end of an overlay, or of the sparse rows."""
+        (target,) = self._of_kind[Kind.HEAD]
+        weight_NI = self._residency.overlays(run.slot).get(f"{self._head}.weight")
+        if weight_NI is not None:
+            return AddedTokens(run.start, run.stop, weight_NI[target.out_width :])
+        at = self._residency.addresses([run.slot]).of(slice(target.index, target.index + 1))
+        first, known = int(at.rows_first[0, 0]), int(at.rows[0, 0])
+        shape = torch.Size((known + vocabulary - target.out_width, target.in_width))
+        return AddedTokens(run.start, run.stop, self._residency.arena.view(first, shape)[known:])
+
+    def _embedded(self, runs: list[Run]) -> list[EmbeddedRun]:
+        """The runs whose adapter changes the embedding."""
+        return [self._embedded_run(run) for run in runs if self._embedding in self._residency.touched(run.slot)]
+
+    def _embedded_run(self, run: Run) -> EmbeddedRun:
+        slot = run.slot
+        weight_VD = self._residency.overlays(slot).get(f"{self._embedding}.weight")
+        if not self._of_kind[Kind.EMBEDDING]:
+            return EmbeddedRun(run.start, run.stop, weight_VD, None, None, None, adds_tokens=False)
+        (target,) = self._of_kind[Kind.EMBEDDING]
+        at, arena = self._residency.addresses([slot]).of(slice(target.index, target.index + 1)), self._residency.arena
+        rank, tokens, has_scale = (int(one[0, 0]) for one in (at.rank, at.columns, at.has_scale))
+        width, vocabulary = target.out_width, target.in_width
+
+        def view(first: Int32, *shape: int) -> torch.Tensor:
+            return arena.view(int(first[0, 0]), torch.Size(shape))
+
+        index = arena.index(int(at.columns_index[0, 0]), tokens)
+        return EmbeddedRun(
+            run.start,
+            run.stop,
+            weight_VD,
+            low_rank=(view(at.a_first, rank, vocabulary), view(at.b_first, rank, width)) if rank else None,
+            tokens=(index, view(at.columns_first, tokens, width)) if tokens else None,
+            scale_D=view(at.scale_first, width) if has_scale else None,
+            adds_tokens=(self._residency.vocabulary(slot) or 0) > vocabulary,
+        )
+
+    def _build(self, kind: Kind, runs: list[Run], rows: int) -> StepEffects:
+        targets = self._of_kind[kind]
+        if not targets:
+            return StepEffects(None, None, self._overlays(runs), None, None)
+        shapes = [TargetShape(target.in_width, target.out_width) for target in targets]
+        first = targets[0].index
+        addresses = self._residency.addresses([run.slot for run in runs]).of(slice(first, first + len(targets)))
         arena_NU = self._residency.arena.units_NU
         row_start = np.array([run.start for run in runs], dtype=np.int32)
         row_stop = np.array([run.stop for run in runs], dtype=np.int32)
         segments = Segments(row_start, row_stop, addresses.a_first, addresses.b_first, addresses.rank)
-        out_widths = [shape.out_width for shape in self._shapes]
+        out_widths = [shape.out_width for shape in shapes]
         scales = RowVectors(row_start, row_stop, addresses.scale_first, addresses.has_scale != 0)
         biases = RowVectors(row_start, row_stop, addresses.bias_first, addresses.has_bias != 0)
         return StepEffects(
-            low_rank=low_rank_plan(self._backend, arena_NU, self._shapes, segments, rows),
-            sparse=self._sparse(addresses, row_start, row_stop, rows),
+            low_rank=low_rank_plan(self._backend, arena_NU, shapes, segments, rows),
+            sparse=self._sparse(addresses, shapes, row_start, row_stop, rows),
             overlays=self._overlays(runs),
             scales=RowVectorPlan(arena_NU, out_widths, scales, rows),
             biases=RowVectorPlan(arena_NU, out_widths, biases, rows),
+            signs=self._signs(addresses, shapes, row_start, row_stop, rows),
         )
 
     def _overlays(self, runs: list[Run]) -> OverlayPlan | None:
         found = [(run.start, run.stop, self._residency.overlays(run.slot)) for run in runs]
         return OverlayPlan(found) if any(replacements for _, _, replacements in found) else None
 
-    def _sparse(self, addresses: Addresses, row_start: Int32, row_stop: Int32, n_rows: int) -> SparsePlan | None:
+    def _sparse(
+        self, addresses: Addresses, shapes: list[TargetShape], row_start: Int32, row_stop: Int32, n_rows: int
+    ) -> SparsePlan | None:
         if not addresses.columns.any() and not addresses.rows.any():
             return None
         columns = SparseSegments(
             row_start, row_stop, addresses.columns_first, addresses.columns_index, addresses.columns
         )
         rows = SparseSegments(row_start, row_stop, addresses.rows_first, addresses.rows_index, addresses.rows)
-        return sparse_plan(self._backend, self._residency.arena.units_NU, self._shapes, columns, rows, n_rows)
+        return sparse_plan(self._backend, self._residency.arena.units_NU, shapes, columns, rows, n_rows)
+
+    def _signs(
+        self, addresses: Addresses, shapes: list[TargetShape], row_start: Int32, row_stop: Int32, n_rows: int
+    ) -> SignPlan | None:
+        if not addresses.has_sign.any():
+            return None
+        alpha = np.ascontiguousarray(addresses.sign_alpha).view(np.float32)
+        segments = SignSegments(row_start, row_stop, addresses.sign_first, alpha, addresses.has_sign != 0)
+        return sign_plan(self._backend, self._residency.arena.units_NU, shapes, segments, n_rows)
 
 
-def _runs(spans: Sequence[Span]) -> tuple[list[Run], int]:
-    """Runs of neighbouring spans with one adapter, and the number of all rows."""
+def logit_rows(span: Span) -> int:
+    """How many of a span's rows need logits: those with prompt targets and, when it draws, its last."""
+    return len(span.prompt_targets) + span.draw
+
+
+def _runs(spans: Sequence[tuple[Span, int]]) -> tuple[list[Run], int]:
+    """Runs of neighbouring spans with one adapter, and the number of all rows.
+
+    Args:
+        spans: each with how many rows it has.
+    """
     runs: list[Run] = []
     row = 0
-    for span in spans:
-        stop = row + len(span.tokens)
-        if span.lease is not None:
+    for span, rows in spans:
+        stop = row + rows
+        if span.lease is not None and rows:
             slot = span.lease.slot
             if runs and runs[-1].slot == slot and runs[-1].stop == row:
                 runs[-1] = Run(slot, runs[-1].start, stop)

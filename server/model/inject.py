@@ -8,6 +8,7 @@ Shapes: T rows, I/O a target's in/out widths.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +16,43 @@ import torch.nn.functional as F
 from torch import nn
 
 from motet.kernels.epilogue import RowVectorPlan
-from motet.kernels.ops import LowRankPlan, SparsePlan
+from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan
 from motet.server.model.overlay import OverlayPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepEffects:
-    """What the adapters of one step do, ready to apply to any target; None where no adapter does such."""
+class AddedTokens:
+    """Rows start to stop of the output head's, and the weights [X, I] of the tokens that their adapter adds."""
 
-    low_rank: LowRankPlan
+    start: int
+    stop: int
+    weight_XI: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepEffects:
+    """What the adapters of one step do, ready to apply to any of the targets whose rows are the same.
+
+    None where no adapter does such, or none can: an output head that is no target can only be replaced.
+    """
+
+    low_rank: LowRankPlan | None
     sparse: SparsePlan | None
     overlays: OverlayPlan | None
-    scales: RowVectorPlan
-    biases: RowVectorPlan
+    scales: RowVectorPlan | None
+    biases: RowVectorPlan | None
+    added: Sequence[AddedTokens] = ()
+    signs: SignPlan | None = None
 
 
 class ActiveStep:
-    """Where the layers of one model find the step that runs; None between steps and when no row has an adapter."""
+    """Where layers find the step that runs: one for those that see all rows, one for the output head.
+
+    None between steps and when no row has an adapter; for the head also when no adapter changes the head.
+    """
 
     def __init__(self) -> None:
         self.effects: StepEffects | None = None
-        self.logit_rows: torch.Tensor | None = None
 
     @property
     def overlays(self) -> OverlayPlan | None:
@@ -46,8 +63,8 @@ class ActiveStep:
 class AdaptedLinear(nn.Module):
     """A base linear whose rows may each belong to another adapter.
 
-    Semantics: ``y = k ⊙ (W x + B (g ⊙ A x) + V x[idx]) + c + b``, and rows of V x added to some outputs, with the
-    operands of each row's own adapter; one product with W for all rows.
+    Semantics: ``y = k ⊙ (W x + B (g ⊙ A x) + V x[idx] + α (sign x)) + c + b``, and rows of V x added to some outputs,
+    with the operands of each row's own adapter; one product with W for all rows.
     """
 
     def __init__(self, linear: nn.Linear, target: int, path: str, step: ActiveStep) -> None:
@@ -64,31 +81,64 @@ class AdaptedLinear(nn.Module):
         if effects is None:
             return F.linear(x, self.weight, self.bias)
         x_TI = x.reshape(-1, self.in_features)
-        scaled = effects.scales.touches(self._target)
-        y_TO = F.linear(x_TI, self.weight, None if scaled else self.bias)
+        scales = effects.scales if effects.scales is not None and effects.scales.touches(self._target) else None
+        y_TO = F.linear(x_TI, self.weight, self.bias if scales is None else None)
         if effects.overlays is not None:
-            effects.overlays.linear_(self._path, y_TO, x_TI, None if scaled else self.bias)
-        effects.low_rank.add_(self._target, y_TO, x_TI)
+            effects.overlays.linear_(self._path, y_TO, x_TI, self.bias if scales is None else None)
+        if effects.low_rank is not None:
+            effects.low_rank.add_(self._target, y_TO, x_TI)
         if effects.sparse is not None and effects.sparse.touches(self._target):
             effects.sparse.add_(self._target, y_TO, x_TI)
-        if scaled:
-            effects.scales.scale_(self._target, y_TO)
+        if effects.signs is not None and effects.signs.touches(self._target):
+            effects.signs.add_(self._target, y_TO, x_TI)
+        if scales is not None:
+            scales.scale_(self._target, y_TO)
             if self.bias is not None:
                 y_TO += self.bias
-        effects.biases.add_(self._target, y_TO)
+        if effects.biases is not None:
+            effects.biases.add_(self._target, y_TO)
         return y_TO.view(*x.shape[:-1], self.out_features)
 
 
-def inject(model: nn.Module, step: ActiveStep, skip: frozenset[str]) -> dict[str, AdaptedLinear]:
-    """Replace every linear of the model except those in `skip`.
+class AdaptedHead(AdaptedLinear):
+    """The output head, which has more outputs in a step where an adapter adds tokens.
+
+    Note: what stands there for rows of other adapters means nothing; whoever reads the logits knows how many are whose.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As its parent; [..., O + X] for the largest number X of added tokens."""
+        y = super().forward(x)
+        added = self._step.effects.added if self._step.effects is not None else ()
+        if not added:
+            return y
+        more = max(len(run.weight_XI) for run in added)
+        x_TI, y_TN = x.reshape(-1, self.in_features), F.pad(y.reshape(-1, self.out_features), (0, more))
+        for run in added:
+            stop = self.out_features + len(run.weight_XI)
+            y_TN[run.start : run.stop, self.out_features : stop] = x_TI[run.start : run.stop] @ run.weight_XI.T
+        return y_TN.view(*x.shape[:-1], self.out_features + more)
+
+
+def inject(model: nn.Module, step: ActiveStep, head: str, head_step: ActiveStep) -> dict[str, AdaptedLinear]:
+    """Replace every linear of the model.
+
+    Args:
+        head: path of the output head; it is the only target of its own step.
 
     Returns:
-        Module path → its replacement, in the order of `named_modules`; the position is the target's index.
+        Module path → its replacement, in the order of `named_modules`, the head last where it is a linear. The position
+        is the index in the plans of its step; the head's is 0.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name not in skip}
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    order = sorted(linears, key=lambda name: name == head)
     adapted: dict[str, AdaptedLinear] = {}
-    for index, (name, linear) in enumerate(linears.items()):
-        adapted[name] = AdaptedLinear(linear, index, name, step)
+    for index, name in enumerate(order):
+        linear = linears[name]
+        if name == head:
+            adapted[name] = AdaptedHead(linear, 0, name, head_step)
+        else:
+            adapted[name] = AdaptedLinear(linear, index, name, step)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted[name])
     return adapted

@@ -6,9 +6,8 @@ the first request: unknown attention features, and a paged forward that disagree
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
-from motet.adapters.base import BaseModel, Target
+from motet.adapters.base import BaseModel
 from motet.server.model.attention import KvCache, LayerShape, PagedAttention
+from motet.server.model.base import base_model, targets_of
+from motet.server.model.embedding import AdaptedEmbedding, is_served
 from motet.server.model.errors import ModelNotFoundError, UnsupportedModelError
 from motet.server.model.fingerprint import fingerprint
-from motet.server.model.inject import ActiveStep, AdaptedLinear, inject
+from motet.server.model.inject import ActiveStep, inject
 from motet.server.model.overlay import OverlaidModules, RowDims
 from motet.server.model.selfcheck import SelfCheck
+from motet.server.model.tokenizer import tokenizers_of
 
 _attention_names = (f"motet_paged_{i}" for i in itertools.count())
 """transformers finds attention functions by name in one process-wide table: each loaded model gets its own."""
@@ -36,6 +38,8 @@ class LoadedModel:
 
     Attributes:
         base: what adapters may know of it.
+        step, head_step: where the linears, and the output head, find the step that runs.
+        embedding_path, head_path: of the modules.
         max_length: positions it was trained for.
         end_tokens: tokens that end a generation unless ignored.
         vocabulary: number of logits.
@@ -47,6 +51,10 @@ class LoadedModel:
     base: BaseModel
     attention: PagedAttention
     step: ActiveStep
+    head_step: ActiveStep
+    embedding: AdaptedEmbedding
+    embedding_path: str
+    head_path: str
     overlaid: OverlaidModules
     layers: Mapping[int, LayerShape]
     dtype: torch.dtype
@@ -111,36 +119,49 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
     config = model.config.get_text_config()
     with torch.inference_mode():
         check = SelfCheck(model)
-        attention, step = PagedAttention(), ActiveStep()
+        attention, step, head_step = PagedAttention(), ActiveStep(), ActiveStep()
         attention_name = next(_attention_names)
         ALL_ATTENTION_FUNCTIONS.register(attention_name, attention)
         model.set_attn_implementation(attention_name)
         digest = fingerprint(model)
-        head = model.get_output_embeddings()
-        head_path = next(path for path, module in model.named_modules() if module is head)
-        adapted = inject(model, step, skip=frozenset({head_path}))
-        others = _other_modules(model, adapted)
-        row_dims = RowDims(others)
+        head_path = _path(model, model.get_output_embeddings())
+        embedding = model.get_input_embeddings()
+        embedding_path = _path(model, embedding)
+        adapted = inject(model, step, head_path, head_step)
+        unchanged = {
+            path: module
+            for path, module in model.named_modules()
+            if path not in adapted and module is not embedding and any(True for _ in module.parameters(recurse=False))
+        }
+        row_dims = RowDims(unchanged)
 
         def forward(tokens_1T: torch.Tensor, positions_1T: torch.Tensor, rows_n: torch.Tensor) -> torch.Tensor:
             row_dims.expect(tokens_1T.shape[1])
             return _forward(model, tokens_1T, positions_1T, rows_n)
 
         check.compare(forward, attention)
-        dims = row_dims.finish(head_path)
+        dims = row_dims.finish()
+        looked_up = (embedding_path, embedding) if is_served(embedding) else None
+        targets = targets_of(adapted, looked_up, head_path)
+        end_tokens = _end_tokens(model, tokenizer)
+        tokenizers = tokenizers_of(tokenizer, end_tokens) if hasattr(tokenizer, "get_vocab") else None
         return LoadedModel(
             name=name,
             model=model,
             tokenizer=tokenizer,
-            base=_base_model(name, digest, model, adapted, dims.keys()),
+            base=base_model(name, digest, model, targets, {*dims, embedding_path}, tokenizers),
             attention=attention,
             step=step,
-            overlaid=OverlaidModules(others, head_path, step, dims),
+            head_step=head_step,
+            embedding=AdaptedEmbedding(embedding, embedding.num_embeddings),
+            embedding_path=embedding_path,
+            head_path=head_path,
+            overlaid=OverlaidModules(unchanged, step, dims),
             layers=check.layers,
             dtype=model.dtype,
             device=model.device,
             max_length=int(config.max_position_embeddings),
-            end_tokens=_end_tokens(model, tokenizer),
+            end_tokens=end_tokens,
             vocabulary=int(config.vocab_size),
             parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         )
@@ -156,51 +177,8 @@ def _forward(
     return logits_nV
 
 
-def _other_modules(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> dict[str, nn.Module]:
-    """Modules with parameters of their own that are no targets."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if path not in adapted and any(True for _ in module.parameters(recurse=False))
-    }
-
-
-def _base_model(
-    name: str, digest: str, model: nn.Module, adapted: Mapping[str, AdaptedLinear], overlaid: Collection[str]
-) -> BaseModel:
-    targets = {
-        path: Target(index, path, linear.in_features, linear.out_features, linear.bias is not None)
-        for index, (path, linear) in enumerate(adapted.items())
-    }
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    first_names = {id(parameter): path for path, parameter in model.named_parameters()}
-    tied = {path: first for path, p in parameters.items() if (first := first_names[id(p)]) != path}
-    weights = {f"{path}.weight" for path in targets}
-    replaceable = weights | {path for path in parameters if path.rpartition(".")[0] in overlaid}
-
-    def parameter(path: str) -> torch.Tensor:
-        return parameters[path].detach().to("cpu", torch.float32)
-
-    def weight(path: str) -> torch.Tensor:
-        return parameter(f"{path}.weight")
-
-    @functools.cache
-    def weight_norm(path: str) -> float:
-        return float(torch.linalg.vector_norm(weight(path)))
-
-    return BaseModel(
-        name=name,
-        fingerprint=digest,
-        targets=targets,
-        other_modules=frozenset(_other_modules(model, adapted)),
-        weight=weight,
-        bias=lambda path: parameter(f"{path}.bias"),
-        weight_norm=weight_norm,
-        parameter_names=frozenset(parameters.keys() - tied.keys()),
-        parameter=parameter,
-        tied=tied,
-        replaceable=frozenset(replaceable),
-    )
+def _path(model: nn.Module, module: nn.Module) -> str:
+    return next(str(path) for path, one in model.named_modules() if one is module)
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

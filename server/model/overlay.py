@@ -4,7 +4,7 @@ Must not know: methods, where replacements come from. A module computes its outp
 parameters; the rows of an adapter that replaces some of them are computed again with the replacements, in one call per
 adapter.
 
-Shapes: T rows of a step, n rows whose logits are needed, I/O a target's in/out widths.
+Shapes: T rows, I/O a target's in/out widths.
 """
 
 from __future__ import annotations
@@ -56,11 +56,14 @@ class OverlayPlan:
     def linear_(self, module: str, y_TO: torch.Tensor, x_TI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         """Compute the rows of a target again, in place; only its weight can be replaced.
 
+        Rows of the weight beyond the target's outputs are those of added tokens, which are computed elsewhere.
+
         Args:
             bias_O: the base's, where the product contains it.
         """
         for run in self.of(module):
-            y_TO[run.start : run.stop] = F.linear(x_TI[run.start : run.stop], run.parameters["weight"], bias_O)
+            weight_OI = run.parameters["weight"][: y_TO.shape[1]]
+            y_TO[run.start : run.stop] = F.linear(x_TI[run.start : run.stop], weight_OI, bias_O)
 
 
 class Step(Protocol):
@@ -70,27 +73,22 @@ class Step(Protocol):
     def overlays(self) -> OverlayPlan | None:
         """The step's replacements."""
 
-    @property
-    def logit_rows(self) -> torch.Tensor | None:
-        """[n] rows whose logits are needed."""
-
 
 class OverlaidModules:
-    """Makes the modules that are no targets compute some rows again: norms, embeddings, the head.
+    """Makes the modules that are no targets compute some rows again: the norms.
 
     Note: hooks are put in when the first replacement is served, by the thread that runs the steps, so that a server
     without such adapters pays nothing.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], head: str, step: Step, row_dims: Mapping[str, int]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], step: Step, row_dims: Mapping[str, int]) -> None:
         """Nothing is changed yet.
 
         Args:
             modules: path → module with parameters of its own, targets left out.
-            head: path of the module that makes the logits: it sees the needed rows only.
             row_dims: path → which dimension of the module's input are the step's rows.
         """
-        self._modules, self._head, self._step, self._row_dims = modules, head, step, row_dims
+        self._modules, self._step, self._row_dims = modules, step, row_dims
         self._installed = self._inside = False
 
     def install(self) -> None:
@@ -107,7 +105,7 @@ class OverlaidModules:
                 return None
             dim = self._row_dims[path]
             for run in runs:
-                first, rows = self._rows(path, run)
+                first, rows = run.start, run.stop - run.start
                 self._inside = True
                 try:
                     part = functional_call(module, dict(run.parameters), (inputs[0].narrow(dim, first, rows),))
@@ -117,13 +115,6 @@ class OverlaidModules:
             return output
 
         return again
-
-    def _rows(self, path: str, run: OverlaidRun) -> tuple[int, int]:
-        """First row of the module's input that is the run's, and how many; the needed rows are ascending."""
-        if path != self._head or self._step.logit_rows is None:
-            return run.start, run.stop - run.start
-        first, stop = (int((self._step.logit_rows < row).sum()) for row in (run.start, run.stop))
-        return first, stop - first
 
 
 class RowDims:
@@ -149,7 +140,7 @@ class RowDims:
 
         return look
 
-    def finish(self, head: str) -> dict[str, int]:
+    def finish(self) -> dict[str, int]:
         """Take the hooks out again.
 
         Returns:
@@ -157,4 +148,4 @@ class RowDims:
         """
         for handle in self._handles:
             handle.remove()
-        return {**{path: min(dims) for path, dims in self._possible.items() if len(dims) == 1}, head: 1}
+        return {path: min(dims) for path, dims in self._possible.items() if len(dims) == 1}

@@ -7,14 +7,16 @@ Shapes: T rows, n rows whose logits are needed, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from motet.adapters.version import Slot
 from motet.server.engine.types import GenerationId, Plan, Span, SpanResult, TokenLogprobs
 from motet.server.model.attention import AttentionBatch
-from motet.server.model.batch import EffectsBuilder, token_tensors
+from motet.server.model.batch import EffectsBuilder, StepChanges, logit_rows, token_tensors
 from motet.server.model.loader import LoadedModel
 from motet.server.model.sampler import Draw, draw_tokens, logprobs
 
@@ -38,17 +40,50 @@ class ModelRunner:
         spans, loaded = plan.spans, self._loaded
         needed, drawing = _logit_rows(spans)
         loaded.attention.batch = AttentionBatch(spans, self._cache, loaded.device)
-        loaded.step.effects = self._effects.build(spans)
-        if loaded.step.overlays is not None:
-            loaded.overlaid.install()
+        changes = self._effects.build(spans)
+        self._take(changes)
         try:
             tokens_1T, positions_1T = token_tensors(spans, loaded.device)
-            rows_n = loaded.step.logit_rows = torch.tensor(needed, dtype=torch.int64, device=loaded.device)
+            rows_n = torch.tensor(needed, dtype=torch.int64, device=loaded.device)
             logits_nV = loaded.forward(tokens_1T, positions_1T, rows_n)
         finally:
             loaded.attention.batch = None
-            loaded.step.effects = None
+            self._take(StepChanges())
+        if changes.vocabularies:
+            return self._results_by_vocabulary(spans, logits_nV.float(), changes.vocabularies)
         return self._results(spans, logits_nV.float(), drawing)
+
+    def _results_by_vocabulary(
+        self, spans: Sequence[Span], logits_nN: torch.Tensor, vocabularies: Mapping[Slot, int]
+    ) -> list[SpanResult]:
+        """Every row with the logits of its own vocabulary, as if it had been computed without wider ones.
+
+        Args:
+            logits_nN: as many logits as the largest vocabulary has.
+        """
+        stop_of = list(itertools.accumulate(logit_rows(span) for span in spans))
+        groups: dict[int, list[int]] = {}
+        for index, span in enumerate(spans):
+            size = vocabularies.get(span.lease.slot) if span.lease is not None else None
+            groups.setdefault(size or self._loaded.vocabulary, []).append(index)
+        results: dict[int, SpanResult] = {}
+        for vocabulary, indices in groups.items():
+            of_group = [spans[index] for index in indices]
+            rows = [row for i in indices for row in range(stop_of[i] - logit_rows(spans[i]), stop_of[i])]
+            rows_n = torch.tensor(rows, dtype=torch.int64, device=logits_nN.device)
+            logits_nV = logits_nN.index_select(0, rows_n)[:, :vocabulary].contiguous()
+            results |= zip(indices, self._results(of_group, logits_nV, _logit_rows(of_group)[1]), strict=True)
+        return [results[index] for index in range(len(spans))]
+
+    def _take(self, changes: StepChanges) -> None:
+        """Put a step's changes where the modules find them."""
+        loaded = self._loaded
+        loaded.step.effects, loaded.head_step.effects = changes.body, changes.head
+        loaded.embedding.runs = changes.embedding
+        if changes.embedding:
+            loaded.embedding.install()
+        if loaded.step.overlays is not None:
+            loaded.overlaid.install()
 
     def _results(self, spans: Sequence[Span], logits_nV: torch.Tensor, drawing: list[int]) -> list[SpanResult]:
         """Report first (from the model's own logits), then adjust and draw.
@@ -117,7 +152,7 @@ def _broken(spans: Sequence[Span], logits_nV: torch.Tensor) -> dict[GenerationId
     broken: dict[GenerationId, str] = {}
     row = 0
     for span in spans:
-        stop = row + len(span.prompt_targets) + span.draw
+        stop = row + logit_rows(span)
         if not all(finite[row:stop]):
             model = "the base model" if span.version is None else f"adapter {span.version.name!r}"
             broken[span.generation] = f"{model} computed NaN or infinity for this prompt; its weights overflow"

@@ -67,6 +67,8 @@ def _oracle(model_folder: Path, name: str | None, dtype: torch.dtype) -> Any:
     folder = FOLDERS[name]
     if CONFIGS[name]["peft_type"] == "S2FT":
         return _with_selection(model, folder)
+    if CONFIGS[name]["peft_type"] == "EMTAL":
+        return _in_clusters(model, folder)
     config = PeftConfig.from_pretrained(str(folder))
     if "adapter_name" in CONFIGS[name]:
         return _with_theta(model, folder, CONFIGS[name])
@@ -100,6 +102,27 @@ def _with_selection(model: Any, folder: Path) -> Any:
         weight_OI, index_S = model.get_submodule(path).weight, tensors[f"{stem}.index"]
         part = (slice(None), index_S) if kind == "columns" else (index_S, slice(None))
         weight_OI[part] = (weight_OI[part].double() + delta.double()).to(weight_OI.dtype)
+    return model
+
+
+@torch.no_grad()
+def _in_clusters(model: Any, folder: Path) -> Any:
+    """EMTAL as it was trained, its router faded: the channels moved into their clusters, a pair beside each linear."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key, order_F in tensors.items():
+        if not key.endswith(".order"):
+            continue
+        mlp = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".order"))
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight.copy_(linear.weight[order_F.long()].clone())
+        mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, order_F.long()].clone())
+    for key, a_IR in tensors.items():
+        if not key.endswith("_a"):
+            continue
+        parent, _, leaf = key.removeprefix("base_model.model.").removesuffix("_a").rpartition(".lora_")
+        linear, b_RO = model.get_submodule(f"{parent}.{leaf}"), tensors[key.removesuffix("_a") + "_b"]
+        pair = a_IR.to(linear.weight.dtype), b_RO.to(linear.weight.dtype)
+        linear.register_forward_hook(lambda _, given, out, pair=pair: out + given[0] @ pair[0] @ pair[1])
     return model
 
 

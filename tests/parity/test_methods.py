@@ -68,9 +68,9 @@ def test_the_method_is_reported(served: Served, layout: str) -> None:
 
 def test_the_base_is_what_it_was(served: Served) -> None:
     """No import writes to the base: methods that train on a residual model must not leave it behind."""
-    weight = served.harness.loaded.base.weight
-    for name in served.harness.loaded.base.targets:
-        assert torch.equal(weight(name), served.reference.get_submodule(name).weight), name
+    base = served.harness.loaded.base
+    for name in base.targets:
+        assert torch.equal(base.parameter(f"{name}.weight"), served.reference.get_submodule(name).weight), name
 
 
 def test_base_logits_among_all(served: Served, prompts: Prompts, mixed: Mapping[str | None, torch.Tensor]) -> None:

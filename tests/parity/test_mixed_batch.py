@@ -33,6 +33,28 @@ def test_logits_are_the_oracles_in_one_mixed_batch(served: Served) -> None:
     TOLERANCES["logits", torch.float32].assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("rows", [13, 512])
+def test_prompt_log_probabilities_are_the_oracles(served: Served, rows: int) -> None:
+    """Many rows of logits for each request, among requests that need one: which rows are whose at the output head."""
+    requests = [(prompt, name) for prompt, name in _requests(served, seed=12) if len(prompt) > 1]
+    samplings = [replace(GREEDY, max_tokens=1, prompt_logprobs=None if i % 3 == 0 else 0) for i in range(len(requests))]
+    limits = served.harness.scheduler.limits
+    served.harness.scheduler.limits = replace(limits, rows=rows)
+    try:
+        made = served.harness.run(requests, samplings=samplings)
+    finally:
+        served.harness.scheduler.limits = limits
+    for (prompt, name), sampling, result in zip(requests, samplings, made, strict=True):
+        reported = [position for event in result.events for position in event.prompt_logprobs]
+        assert [position.token for position in reported] == (prompt[1:] if sampling.prompt_logprobs == 0 else [])
+        with torch.no_grad():
+            expected_TV = served.oracle(name)(input_ids=torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+        expected = expected_TV[torch.arange(len(reported)), [position.token for position in reported]]
+        found = torch.tensor([position.logprob for position in reported])
+        TOLERANCES["log-probabilities", torch.float32].assert_close(found, expected)
+        TOLERANCES["logits", torch.float32].assert_close(result.logits[0], served.expected_logits(prompt, name))
+
+
 def test_mixed_batch_equals_each_request_alone(served: Served) -> None:
     requests = _requests(served, seed=2)
     together = served.harness.logits(requests)

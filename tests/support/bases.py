@@ -9,42 +9,23 @@ import torch
 from torch import nn
 
 from motet.adapters.arena import Arena
-from motet.adapters.base import BaseModel, Target
+from motet.adapters.base import BaseModel, Kind, Target
 from motet.adapters.residency import Residency
+from motet.server.model.base import base_model, targets_of
 
 
 def base_of(model: Any, name: str = "base") -> BaseModel:
-    """The base that a transformers model is: every linear but the head is a target."""
-    head = model.get_output_embeddings()
-    linears: dict[str, nn.Linear] = {
-        path: module for path, module in model.named_modules() if type(module) is nn.Linear and module is not head
-    }
-    parents = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    """The base that a transformers model is."""
+    linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    paths = {id(module): path for path, module in model.named_modules()}
+    targets = targets_of(linears, (paths[id(embedding)], embedding), paths[id(head)])
+    return base_model(name, "0" * 64, model, targets, frozenset(paths.values()) - linears.keys())
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    own = dict(model.named_parameters())
-    tied = {path: next(first for first in own if own[first] is p) for path, p in parameters.items() if path not in own}
 
-    def parameter(path: str) -> torch.Tensor:
-        return parameters[path].detach().float()
-
-    targets = {
-        path: Target(index, path, linear.in_features, linear.out_features, linear.bias is not None)
-        for index, (path, linear) in enumerate(linears.items())
-    }
-    return BaseModel(
-        name=name,
-        fingerprint="0" * 64,
-        targets=targets,
-        other_modules=frozenset(parents - targets.keys()),
-        weight=lambda path: parameter(f"{path}.weight"),
-        bias=lambda path: parameter(f"{path}.bias"),
-        weight_norm=lambda path: float(torch.linalg.vector_norm(parameter(f"{path}.weight"))),
-        parameter_names=frozenset(own),
-        parameter=parameter,
-        tied=tied,
-        replaceable=frozenset(path for path in parameters if not path.endswith("_proj.bias")),
-    )
+def linears(base: BaseModel) -> frozenset[str]:
+    """Targets that are neither the embedding nor the head."""
+    return frozenset(name for name, target in base.targets.items() if target.kind is Kind.LINEAR)
 
 
 def base_of_names(targets: Iterable[str], other_modules: Iterable[str] = ()) -> BaseModel:

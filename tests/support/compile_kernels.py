@@ -9,6 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from motet.kernels.triton.low_rank import INTERPRETED, expand, shrink
+from motet.kernels.triton.sign import add_signs
 from motet.kernels.triton.sparse import gather, scatter
 
 TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)]
@@ -21,14 +22,16 @@ def compile_all() -> None:
     sparse_blocks = {"BLOCK_T": 16, "BLOCK_S": 64}
     integers = dict.fromkeys(["target", "n_segments", "gate_width", "in_width", "out_width"], "i32")
     tables = {"tiles_ptr": "*i64", "operands_ptr": "*i64", "index_ptr": "*i32"}
+    signs = {"word_ptr": "*i32", "alpha_ptr": "*fp32"}
     for target, dtype in product(TARGETS, ["bf16", "fp16"]):
-        types = dict.fromkeys(["x_ptr", "arena_ptr", "s_ptr", "y_ptr"], f"*{dtype}") | integers | tables
+        types = dict.fromkeys(["x_ptr", "arena_ptr", "s_ptr", "y_ptr"], f"*{dtype}") | integers | tables | signs
         for kernel, constants in (
             (shrink, {**blocks, "BLOCK_I": 64}),
             (shrink, {**blocks, "BLOCK_I": 64, "gate_ptr": None}),
             (expand, {**blocks, "BLOCK_O": 128}),
             (gather, {**sparse_blocks, "BLOCK_O": 128}),
             (scatter, {**sparse_blocks, "BLOCK_I": 64}),
+            (add_signs, {"BLOCK_T": 16, "BLOCK_I": 64, "BLOCK_O": 128}),
         ):
             every = types | {"gate_ptr": "*fp32"} | dict.fromkeys(constants, "constexpr")
             signature = {name: every[name] for name in kernel.arg_names}

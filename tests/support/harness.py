@@ -65,7 +65,14 @@ class Harness:
         self.loaded.allocate_cache(blocks, block_size)
         self.registry: Registry = new_registry(self.loaded, arena_bytes)
         targets = list(self.loaded.base.targets.values())
-        self.runner = RecordingRunner(self.loaded, EffectsBuilder(self.registry.residency, targets, backend))
+        effects = EffectsBuilder(
+            self.registry.residency,
+            targets,
+            backend,
+            embedding=self.loaded.embedding_path,
+            head=self.loaded.head_path,
+        )
+        self.runner = RecordingRunner(self.loaded, effects)
         self.pool = BlockPool(blocks, block_size)
         self.scheduler = Scheduler(self.pool, StepLimits(rows, generations))
         self.engine = Engine(self.scheduler, self.runner, self._publish, self._end_lease)

@@ -58,11 +58,23 @@ def lora_layers(peft_model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def products(peft_model: Any) -> dict[str, torch.Tensor]:
-    """Target → s·B A as it is now, [O, I] float64."""
-    return {
-        name: layer.scaling["default"]
-        * (layer.lora_B["default"].weight.detach().double() @ layer.lora_A["default"].weight.detach().double())
+    """Target → s·B A as it is now, [O, I] float64; of an embedding [width, vocabulary]."""
+    linears = {
+        name: (layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
         for name, layer in lora_layers(peft_model)
+    }
+    embeddings = {
+        path.removeprefix("base_model.model."): (
+            module,
+            module.lora_embedding_A["default"],
+            module.lora_embedding_B["default"],
+        )
+        for path, module in peft_model.named_modules()
+        if "default" in getattr(module, "lora_embedding_A", ())
+    }
+    return {
+        name: layer.scaling["default"] * (b_OR.detach().double() @ a_RI.detach().double())
+        for name, (layer, a_RI, b_OR) in {**linears, **embeddings}.items()
     }
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from tests.support.layout import Layout
 from tests.support.layouts_corda import corda_cache, corda_converted, corda_native, corda_official, corda_residual
+from tests.support.layouts_emtal import FEED_FORWARD, emtal
 from tests.support.layouts_full import fine_tuned
-from tests.support.layouts_peft import eva, lora
+from tests.support.layouts_peft import eva, lora, saved_layers
 from tests.support.layouts_polar import polar
 from tests.support.layouts_residual import converted, lora_ga, native, on_residual, recomputed
 from tests.support.layouts_s2ft import s2ft_fused, s2ft_selection
@@ -44,6 +45,28 @@ PEFT_LAYOUTS: dict[str, Maker] = {
     "lora-bias": lora(lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj"]),
     "dora-bias": lora(use_dora=True, bias="lora_only", target_modules=["q_proj", "v_proj", "up_proj"]),
     "eva": eva(),
+    "lora-ends": lora(r=5, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "lora-embedding": lora(r=3, target_modules=["embed_tokens", "v_proj"]),
+    "rslora-embedding": lora(r=4, use_rslora=True, target_modules=["embed_tokens"]),
+    "dora-ends": lora(r=4, use_dora=True, target_modules=["embed_tokens", "lm_head", "k_proj"]),
+    "dora-head": lora(r=2, use_dora=True, target_modules=["lm_head"]),
+    "lora-ends-patterns": lora(
+        target_modules=["embed_tokens", "lm_head", "up_proj"],
+        rank_pattern={"embed_tokens": 2, "lm_head": 11},
+        alpha_pattern={"embed_tokens": 3},
+    ),
+    "trained-tokens": lora(r=2, target_modules=QV, trainable_token_indices=[7, 3, 250]),
+    "trained-tokens-embedding-and-head": lora(
+        r=2, target_modules=QV, trainable_token_indices={"embed_tokens": [9, 4], "lm_head": [5, 6, 200]}
+    ),
+    "trained-tokens-same": lora(
+        r=2, target_modules=QV, trainable_token_indices={"embed_tokens": [9, 4], "lm_head": [9, 4]}
+    ),
+    "trained-tokens-head": lora(r=2, target_modules=QV, trainable_token_indices={"lm_head": list(range(30, 60))}),
+    "saved-layers": saved_layers(20),
+    "saved-layers-dense": saved_layers(250),
+    "saved-layers-lora": saved_layers(12, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "saved-layers-dora": saved_layers(240, target_modules=["embed_tokens", "lm_head"], use_dora=True),
     "saved-head": lora(r=2, target_modules=QV, modules_to_save=["lm_head"]),
     "saved-embedding-and-head": lora(r=2, target_modules=QV, modules_to_save=["embed_tokens", "lm_head"]),
     "saved-norms": lora(r=2, target_modules=QV, modules_to_save=["input_layernorm", "norm"]),
@@ -113,7 +136,22 @@ FULL_LAYOUTS: dict[str, Maker] = {
 }
 """Whole models of which some parameters were trained throughout."""
 
-LAYOUTS: dict[str, Maker] = {**PEFT_LAYOUTS, **RESIDUAL_LAYOUTS, **POLAR_LAYOUTS, **SPARSE_LAYOUTS, **FULL_LAYOUTS}
+EMTAL_LAYOUTS: dict[str, Maker] = {
+    "emtal": emtal(),
+    "emtal-feed-forward": emtal(FEED_FORWARD, experts=12),
+    "emtal-attention": emtal(("q_proj", "v_proj", "o_proj")),
+    "emtal-no-router": emtal(router=False, rank=3),
+}
+"""Pairs over feed-forward channels in clustered order."""
+
+LAYOUTS: dict[str, Maker] = {
+    **PEFT_LAYOUTS,
+    **RESIDUAL_LAYOUTS,
+    **POLAR_LAYOUTS,
+    **SPARSE_LAYOUTS,
+    **FULL_LAYOUTS,
+    **EMTAL_LAYOUTS,
+}
 
 _NEEDS: dict[str, str] = {"lora-bias": "qwen2", "corda-official": "llama"}
 """The only family a layout exists for: `lora_bias` needs biases, CorDA's architecture is Llama's."""

@@ -26,6 +26,28 @@ def lora(**options: Any) -> Callable[[Any, Path, int], Layout]:
     return write
 
 
+def saved_layers(tokens: int, **options: Any) -> Callable[[Any, Path, int], Layout]:
+    """LoRA on a base whose embedding and head were trained before: PEFT saves the layers whole beside the pairs.
+
+    Args:
+        tokens: how many rows differ from the base's.
+    """
+
+    @torch.no_grad()
+    def write(model: Any, folder: Path, seed: int) -> Layout:
+        generator = torch.Generator().manual_seed(seed)
+        trained = copy.deepcopy(model)
+        for parameter in {id(p): p for p in (trained.get_input_embeddings().weight, trained.lm_head.weight)}.values():
+            rows = torch.randperm(len(parameter), generator=generator)[:tokens]
+            parameter[rows] += 0.3 * parameter.std() * torch.randn(parameter[rows].shape, generator=generator)
+        config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **options})
+        save_peft(trained, folder, config, seed, save_embedding_layers=True)
+        oracle = read_back(trained, folder)
+        return Layout(folder, oracle, family_name(config), deltas_OI=products(oracle))
+
+    return write
+
+
 def eva() -> Callable[[Any, Path, int], Layout]:
     """Ranks as PEFT redistributes them by explained variance, some of them zero."""
 

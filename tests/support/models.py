@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -92,7 +92,14 @@ def reference_copy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-def save_peft(model: Any, folder: Path, config: LoraConfig, seed: int, strength: float = 0.15) -> Path:
+def save_peft(
+    model: Any,
+    folder: Path,
+    config: LoraConfig,
+    seed: int,
+    strength: float = 0.15,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> Path:
     """Give the adapter random trained-looking weights and let PEFT save it."""
     peft_model = get_peft_model(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(seed)
@@ -100,13 +107,13 @@ def save_peft(model: Any, folder: Path, config: LoraConfig, seed: int, strength:
         for name, parameter in peft_model.named_parameters():
             if "lora_magnitude_vector" in name:
                 parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
-            elif "lora_B" in name or (name.endswith("bias") and parameter.requires_grad):
+            elif "lora_B" in name or "lora_embedding_B" in name or (name.endswith("bias") and parameter.requires_grad):
                 parameter.add_(strength * torch.randn(parameter.shape, generator=generator))
-            elif "lora_A" in name:
+            elif "lora_A" in name or "lora_embedding_A" in name:
                 parameter.copy_(strength * torch.randn(parameter.shape, generator=generator))
-            elif "modules_to_save" in name:
+            elif "modules_to_save" in name or "trainable_tokens_delta" in name:
                 parameter.mul_(1 + strength * torch.randn(parameter.shape, generator=generator))
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -11,6 +13,16 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+
+
+def word_tokenizer(words: int, added: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a word: "w0", "w1", … up to `words`, then the added ones. No special tokens, no end."""
+    vocabulary = {f"w{i}": i for i in range(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]
+    fast.add_tokens(list(added))
+    return fast
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -49,6 +49,9 @@ _LOW_RANK_REASON = "4 u: y rounded once by either side, the rank-r intermediate 
 _SPARSE_ROUNDINGS = 4
 _SPARSE_REASON = "4 u: y rounded once by the reference, twice by the other side, what is scattered once before"
 
+# Relative to |y| + |α (x · signᵀ)|.
+_SIGN_REASON = "2 u: y rounded once by either side"
+
 TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("low_rank reference", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 40 terms against float64"),
     ("low_rank reference", torch.bfloat16): Tolerance(2**-8, 1e-5, "u: y rounded once to 8 bits"),
@@ -62,7 +65,11 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("sparse", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 + 128 terms in another order"),
     ("sparse", torch.bfloat16): Tolerance(_SPARSE_ROUNDINGS * 2**-8, 1e-5, _SPARSE_REASON),
     ("sparse", torch.float16): Tolerance(_SPARSE_ROUNDINGS * 2**-11, 1e-5, _SPARSE_REASON),
+    ("sign", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 terms ±x, in another order"),
+    ("sign", torch.bfloat16): Tolerance(2 * 2**-8, 1e-5, _SIGN_REASON),
+    ("sign", torch.float16): Tolerance(2 * 2**-11, 1e-5, _SIGN_REASON),
     ("logits", torch.float32): Tolerance(0, 1e-4, "the contract with PEFT: max |Δlogit| of a float32 model"),
+    ("logits of a converted ViT", torch.float32): Tolerance(0, 1e-5, "two float32 layers of width 24, logits below 4"),
     ("logits on CUDA", torch.float32): Tolerance(0, 1e-3, "TF32 is off, but sums run in another order"),
     ("logits on CUDA", torch.bfloat16): Tolerance(0, 0.1, "3 layers of rounding to 8 bits, logits of order 1"),
     ("logits on CUDA", torch.float16): Tolerance(0, 0.02, "3 layers of rounding to 11 bits, logits of order 1"),
@@ -83,6 +90,17 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("recomputed start", torch.float32): Tolerance(
         1e-4, 0, "relative to the largest s·B0 A0: a float32 SVD is off by eps·σ_1/(σ_r - σ_{r+1})"
     ),
+    ("user state", torch.float32): Tolerance(
+        1e-5, 1e-5, "float32 sums of 64 terms in another order, through four layer norms; states up to 40"
+    ),
+    ("golden user state", torch.float32): Tolerance(2e-6, 2e-5, "written with five decimals, of float32 sums"),
+    ("gate factors", torch.float32): Tolerance(
+        0, 1e-5, "a softmax, of order 1, after 19 float32 convolutions; batch norm folded in or not"
+    ),
+    ("merge scores", torch.float32): Tolerance(0, 1e-6, "cosines, of order 1, summed in float64 and rounded once"),
+    ("image features", torch.float32): Tolerance(
+        0, 1e-5, "two blocks of float32 sums of up to 48 terms against float64; features of order 1 after the norm"
+    ),
     ("dense merge", torch.float32): Tolerance(
         1e-5, 1e-6, "W + B A of rank ≤ 8 and a scale near one, each rounded in float32, in another order"
     ),
@@ -92,4 +110,14 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("logits, bfloat16 operands", torch.bfloat16): Tolerance(
         0, 0.1, "ΔW x is off by 0.3 %: measured 0.005 (root mean square); the largest of 49,152 logits is above that"
     ),
+    ("head logits", torch.float32): Tolerance(2e-6, 1e-6, "float32 sums of at most 12 squares of sums of 12 terms"),
+    ("head logits", torch.float64): Tolerance(1e-12, 1e-14, "the same sums as vbll's, in another order"),
+    ("predictive", torch.float64): Tolerance(0, 1e-9, "the plain grid's own error, 2e-10 as measured, above ours"),
+    ("predictive entropy", torch.float64): Tolerance(
+        0, 2e-8, "the plain grid's own error, 3e-9 as measured for variances up to 400, and ours of 1e-10"
+    ),
+    ("predictive on a finer grid", torch.float64): Tolerance(
+        0, 1e-9, "trapezoidal sums converge exponentially: 1e-10 was the worst up to 1,000 classes"
+    ),
+    ("predictive at a limit", torch.float64): Tolerance(0, 1e-9, "the promise for certain and for equal logits"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -44,6 +45,31 @@ def sparse_table(lines: list[dict[str, Any]]) -> str:
             f"| {line['arguments']['width']} | {' · '.join(sizes)} | {' · '.join(written)} | {' · '.join(steps)} |"
         )
     return "\n".join(table)
+
+
+def memory_table(lines: list[dict[str, Any]]) -> str:
+    """What training keeps beside the base, by method."""
+    table = [
+        "| method | parameters at a time | gradients, MB | optimiser, MB | largest resident memory, MB "
+        "| processor seconds a step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        found = line["results"]
+        cells = (
+            line["label"],
+            f"{found['trained']:,}",
+            f"{found['gradient_bytes'] / 1e6:,.1f}",
+            f"{found['moment_bytes'] / 1e6:,.1f}",
+            f"{found['peak_bytes'] / 1e6:,.0f}",
+            f"{median(found['step_cpu_s']):.2f}",
+        )
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def test_the_memory_table_is_the_committed_result() -> None:
+    assert memory_table(results("training-memory-cpu.jsonl")) in PAGE.read_text()
 
 
 def test_the_sparse_table_is_the_committed_result() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,6 +90,15 @@ def llama() -> Bench:
     """No biases anywhere."""
     model = tiny_llama(num_hidden_layers=2)
     return Bench(model, base_of(model))
+
+
+@pytest.fixture(scope="session")
+def lastfm() -> Path:
+    """The folder of the official SASRec and its users, beside the repository."""
+    folder = Path(os.environ.get("MOTET_DATA", Path(__file__).parents[4] / "shared" / "data")) / "rec" / "lastfm"
+    if not (folder / "sasrec_lastfm.safetensors").is_file():
+        pytest.skip("the official SASRec is not here: set MOTET_DATA to a folder with rec/lastfm")
+    return folder
 
 
 @pytest.fixture(scope="session")

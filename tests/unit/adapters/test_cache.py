@@ -181,16 +181,24 @@ def test_a_full_disk_leaves_nothing_half(
 def test_the_code_is_the_files_of_methods_and_effects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods.__file__ is not None
     shutil.copytree(Path(methods.__file__).parent, tmp_path / "methods")
-    shutil.copy(cache_module.effects.__file__, tmp_path / "effects.py")  # type: ignore[type-var]
+    beside = {
+        "effects.py": cache_module.effects,
+        "approximate.py": cache_module.approximate,
+        "signs.py": cache_module.signs,
+    }
+    for name, module in beside.items():
+        assert module.__file__ is not None
+        shutil.copy(module.__file__, tmp_path / name)
 
     def code() -> str:
         with monkeypatch.context() as patch:
             patch.setattr(methods, "__file__", str(tmp_path / "methods" / "__init__.py"))
-            patch.setattr(cache_module.effects, "__file__", str(tmp_path / "effects.py"))
+            for name, module in beside.items():
+                patch.setattr(module, "__file__", str(tmp_path / name))
             return lowering_code.__wrapped__()
 
     assert code() == lowering_code() == lowering_code.__wrapped__()
-    for changed in ("effects.py", "methods/lora.py", "methods/__init__.py"):
+    for changed in (*beside, "methods/lora.py", "methods/__init__.py"):
         before = code()
         (tmp_path / changed).write_text((tmp_path / changed).read_text() + "\n")
         assert code() != before, changed

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from motet.adapters.dense import merge
-from motet.adapters.effects import ColumnSparse, LowRank, OutputBias, OutputScale, RowSparse, TargetEffects
+from motet.adapters.effects import ColumnSparse, LowRank, OutputBias, OutputScale, RowSparse, SignDelta, TargetEffects
 from tests.support.tolerances import TOLERANCES
 from tests.unit.adapters.conftest import Bench
 
@@ -19,6 +19,7 @@ SCALE = OutputScale(torch.tensor([1.0, 0.0, -0.5]))
 BIAS = OutputBias(torch.tensor([1.0, 2.0, 3.0]))
 COLUMNS = ColumnSparse(torch.tensor([1]), torch.tensor([[10.0], [20.0], [30.0]]))
 ROWS = RowSparse(torch.tensor([2]), torch.tensor([[10.0, 10.0]]))
+SIGN = SignDelta(torch.tensor([[0b01], [0b10], [0b11]], dtype=torch.int32), torch.tensor([0.5]))
 BASE_BIAS = torch.tensor([10.0, 20.0, 30.0])
 
 
@@ -31,8 +32,9 @@ BASE_BIAS = torch.tensor([10.0, 20.0, 30.0])
         (TargetEffects(None, SCALE, BIAS), BASE_BIAS, [[2, 4], [3, 4], [2.5, 3]], [11, 22, 33]),
         (TargetEffects(bias=BIAS), None, WEIGHT.tolist(), [1, 2, 3]),
         (TargetEffects(scale=SCALE, columns=COLUMNS, rows=ROWS), None, [[2, 24], [3, 24], [7.5, 23]], None),
+        (TargetEffects(scale=SCALE, sign=SIGN), None, [[3, 3], [2.5, 4.5], [2.75, 3.25]], None),
     ],
-    ids=["nothing", "low rank", "low rank and scale", "scale and bias", "bias without the base's", "sparse"],
+    ids=["nothing", "low rank", "low rank and scale", "scale and bias", "bias without the base's", "sparse", "signs"],
 )
 def test_formula(
     effects: TargetEffects, bias: torch.Tensor | None, weight: list[list[float]], merged_bias: list[float] | None

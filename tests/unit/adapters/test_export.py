@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from motet.adapters.effects import (
     ColumnSparse,
+    GateSpec,
     Lowered,
     LowRank,
     OutputBias,
     OutputScale,
     RowSparse,
+    SignDelta,
     TargetEffects,
 )
 from motet.adapters.errors import ExportError, UnsupportedError
@@ -39,6 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {r"self_attn\.(q|k)_proj": 3, "v_proj": 24},
     },
     "some layers": {"target_modules": ["k_proj", "up_proj"], "layers_to_transform": [1]},
+    "ends": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "rank_pattern": {"lm_head": 2}},
     "regex": {"target_modules": r".*\.0\.mlp\.(gate|down)_proj", "rank_pattern": {"gate_proj": 1}},
 }
 
@@ -62,21 +65,22 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("form", FORMS)
 def test_peft_computes_the_same_with_the_exported_adapter(llama: Bench, tmp_path: Path, form: str) -> None:
     source = llama.save(tmp_path / "source", **FORMS[form])
-    export_peft(llama.lower(source), tmp_path / "out", modules(llama))
+    export_peft(llama.lower(source), tmp_path / "out", modules(llama), embedding="model.embed_tokens")
     expected = logits(llama.peft(source))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = PeftModel.from_pretrained(reference_copy(llama.model), str(tmp_path / "out")).eval()
     TOLERANCES["logits", torch.float32].assert_close(logits(exported), expected)
     assert float((expected - logits(llama.model)).abs().max()) > 0.1, "the adapter does nothing: the test says nothing"
-    adapted = {name.removesuffix(".lora_A.default") for name, _ in exported.named_modules() if "lora_A.default" in name}
+    paths = [name for name, _ in exported.named_parameters() if "lora_A" in name or "lora_embedding_A" in name]
+    adapted = {name.partition(".lora_")[0] for name in paths}
     assert {name.removeprefix("base_model.model.") for name in adapted} == set(llama.lower(source).effects)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_our_importer_finds_the_same_effects(llama: Bench, tmp_path: Path, form: str) -> None:
     lowered = llama.lower(llama.save(tmp_path / "source", **FORMS[form]))
-    export_peft(lowered, tmp_path / "out", modules(llama))
+    export_peft(lowered, tmp_path / "out", modules(llama), embedding="model.embed_tokens")
     again = llama.lower(tmp_path / "out")
     assert list(again.effects) == list(lowered.effects)
     for target, effects in lowered.effects.items():
@@ -153,11 +157,20 @@ def _lowered(effects: TargetEffects) -> Lowered:
         (TargetEffects(None, None, OutputBias(torch.ones(2))), r"'l\.q' has an output bias"),
         (TargetEffects(columns=ColumnSparse(torch.tensor([0]), torch.ones(2, 1))), r"'l\.q' has changed columns"),
         (TargetEffects(rows=RowSparse(torch.tensor([0]), torch.ones(1, 2))), r"'l\.q' has changed rows"),
+        (TargetEffects(sign=SignDelta(torch.ones(2, 1).int(), torch.ones(1))), r"'l\.q' has one bit a weight"),
     ],
 )
 def test_what_a_pair_cannot_say_is_refused(tmp_path: Path, effects: TargetEffects, said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
         export_peft(_lowered(effects), tmp_path / "out", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_is_refused(tmp_path: Path) -> None:
+    gate = GateSpec("router", 1, {"l.k": torch.zeros(1, dtype=torch.int64)})
+    lowered = Lowered("x", "x", "x", {"l.k": TargetEffects(PAIR)}, 1, gate=gate)
+    with pytest.raises(UnsupportedError, match=r"gate 'router'.*export it with the gate fixed"):
+        export_peft(lowered, tmp_path / "out", [])
     assert list(tmp_path.iterdir()) == []
 
 

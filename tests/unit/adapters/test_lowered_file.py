@@ -13,11 +13,13 @@ from safetensors.torch import load, save
 
 from motet.adapters.effects import (
     ColumnSparse,
+    GateSpec,
     Lowered,
     LowRank,
     OutputBias,
     OutputScale,
     RowSparse,
+    SignDelta,
     TargetEffects,
 )
 from motet.adapters.errors import CorruptSourceError
@@ -42,11 +44,21 @@ def awkward() -> Lowered:
                 columns=ColumnSparse(torch.tensor([0, 5, 2**40]), shared[:, :3]),
                 rows=RowSparse(torch.tensor([3]), shared[:1]),
             ),
+            "model.sign": TargetEffects(
+                sign=SignDelta(torch.tensor([[-(2**31)], [2**31 - 1]], dtype=torch.int32), odd[2:3])
+            ),
             "model.nothing": TargetEffects(),
         },
         expected_targets=7,
         exact=False,
         overlays={"model.norm.weight": odd, "embed.weight": shared, "head.weight": shared, "model.a": shared[:, 2]},
+        gate=GateSpec(
+            kind="router",
+            size=3,
+            groups={"model.z": torch.tensor([2, 0]), "model.a.A": torch.tensor([1])},
+            tensors={"router.x": shared.T, "model.z": odd, "a": shared[:, 2]},
+            facts={"items": 4, "names": {"history": "[“H”]"}, "none": None, "share": 0.1},
+        ),
     )
 
 
@@ -60,7 +72,7 @@ def parts(effects: TargetEffects) -> dict[str, torch.Tensor]:
 
 def assert_same(one: Lowered, other: Lowered) -> None:
     for field in dataclasses.fields(Lowered):
-        if field.name not in ("effects", "overlays"):
+        if field.name not in ("effects", "overlays", "gate"):
             assert getattr(one, field.name) == getattr(other, field.name), field.name
     assert list(one.effects) == list(other.effects), "the order of targets is part of it"
     for target in one.effects:
@@ -73,6 +85,20 @@ def assert_same(one: Lowered, other: Lowered) -> None:
     assert list(one.overlays) == list(other.overlays)
     for path, values in one.overlays.items():
         assert_same_bytes(values, other.overlays[path])
+    assert_same_gate(one.gate, other.gate)
+
+
+def assert_same_gate(one: GateSpec | None, other: GateSpec | None) -> None:
+    assert (one is None) == (other is None)
+    if one is None or other is None:
+        return
+    assert (one.kind, one.size, one.facts) == (other.kind, other.size, other.facts)
+    for mine, its in ((one.groups, other.groups), (one.tensors, other.tensors)):
+        assert list(mine) == list(its)
+        for name, tensor in mine.items():
+            assert its[name].dtype == tensor.dtype
+            assert its[name].shape == tensor.shape
+            assert_same_bytes(tensor, its[name])
 
 
 def assert_same_bytes(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -86,7 +112,7 @@ def test_a_shared_parameter_is_written_once_and_shared_again() -> None:
 
 
 def test_the_file_knows_every_field() -> None:
-    assert {field.name for field in dataclasses.fields(Lowered)} == {"effects", "overlays", *FACTS}
+    assert {field.name for field in dataclasses.fields(Lowered)} == {"effects", "overlays", "gate", *FACTS}
     assert {field.name for field in dataclasses.fields(TargetEffects)} == PARTS.keys()
     for kind, parts in PARTS.values():
         assert sorted(field.name for field in dataclasses.fields(kind)) == sorted(parts.values())  # type: ignore[arg-type]
@@ -100,6 +126,10 @@ def test_round_trip_is_exact() -> None:
 def test_round_trip_of_a_lowered_adapter(qwen2: Bench, tmp_path: Path, options: dict[str, object]) -> None:
     lowered = qwen2.lower(qwen2.save(tmp_path, target_modules=["q_proj", "down_proj"], **options))
     assert_same(lowered, parse(dump(lowered)))
+
+
+def test_an_adapter_without_a_gate_has_none_again() -> None:
+    assert parse(dump(dataclasses.replace(awkward(), gate=None))).gate is None
 
 
 def test_the_same_adapter_is_the_same_bytes() -> None:
@@ -177,6 +207,9 @@ def test_the_seal_of_these_tests_fits() -> None:
         lambda facts: facts.pop("format"),
         lambda facts: facts.pop("exact"),
         lambda facts: facts.update(targets=3),
+        lambda facts: facts.pop("gate"),
+        lambda facts: facts["gate"]["groups"].append("model.a"),
+        lambda facts: facts["gate"].pop("size"),
     ],
 )
 def test_the_facts_of_another_format_are_refused(change: Callable[[dict[str, object]], object]) -> None:

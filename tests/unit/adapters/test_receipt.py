@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from motet.adapters.effects import ColumnSparse, RowSparse, TargetEffects
+from motet.adapters import signs
+from motet.adapters.effects import ColumnSparse, RowSparse, SignDelta, TargetEffects
+from motet.adapters.lowering import Lowering
 from motet.adapters.receipt import receipt, relative_norm
 from motet.adapters.version import Digest
 from tests.support.bases import residency_of
@@ -50,6 +52,15 @@ def test_sparse_changes_count(llama: Bench) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_signs_count(llama: Bench) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    change = torch.randn(48, 72)
+    alpha = change.abs().mean()
+    effects = TargetEffects(sign=SignDelta(signs.pack(change), alpha.reshape(1)))
+    expected = float(alpha * (48 * 72) ** 0.5 / llama.base.weight(name).norm())
+    assert relative_norm(effects, name, llama.base) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_product_of_zero_has_norm_zero(llama: Bench, tmp_path: Path) -> None:
     folder = llama.save(tmp_path / "adapter", target_modules=["q_proj"], use_dora=False)
 
@@ -68,8 +79,7 @@ def test_facts(llama: Bench, tmp_path: Path, dtype: torch.dtype) -> None:
         tmp_path / "adapter", r=3, use_dora=True, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 5}
     )
     lowered = llama.lower(folder)
-    needed = residency_of(llama.base, dtype=dtype).bytes_needed(lowered)
-    facts = receipt(lowered, Digest("d"), llama.base, needed)
+    facts = receipt(Lowering(Digest("d"), lowered), llama.base, residency_of(llama.base, dtype=dtype).bytes_needed)
     assert (facts.method, facts.form, facts.scaling, facts.exact) == ("dora", "PEFT folder", "alpha/r", True)
     assert facts.ranks == (3, 5)
     assert (facts.targets_matched, facts.targets_expected) == (4, 4)

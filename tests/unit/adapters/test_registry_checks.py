@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from motet.adapters import registry as registry_module
+from motet.adapters import source
 from motet.adapters.cache import LoweredCache
 from motet.adapters.errors import (
     AdapterError,
@@ -181,10 +181,8 @@ class TestLowered:
 def test_declarations_are_remembered(registry: Registry, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are part of what a version is: read with others, the folder is another version."""
     seen: list[Declared] = []
-    read = registry_module.source.read
-    monkeypatch.setattr(
-        registry_module.source, "read", lambda folder, declared: (seen.append(declared), read(folder, declared))[1]
-    )
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda folder, declared: (seen.append(declared), read(folder, declared))[1])
     declared = Declared(trained_on_base=True)
     version = registry.load("fr", plain, declared).version
     assert registry.lowered("fr")[0] == version

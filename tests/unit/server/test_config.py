@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from motet.adapters.spec import Declared
+from motet.adapters.spec import Declared, LossyForm
 from motet.server.config import OptionError, parse_adapter, parse_bytes, read_keys
 
 
@@ -41,6 +41,8 @@ def test_what_is_no_size_is_refused_by_name(text: str) -> None:
         ("a=b,initial=c=d", "a", "b", Declared(initial=Path("c=d"))),
         ("a=b,residual=m,trained-on-base", "a", "b", Declared(residual=Path("m"), trained_on_base=True)),
         ("a=b,residual=m,initial=i", "a", "b", Declared(initial=Path("i"), residual=Path("m"))),
+        ("a=b,approximate=svd-16", "a", "b", Declared(approximate=LossyForm(16))),
+        ("a=b,approximate=1bit,residual=m", "a", "b", Declared(residual=Path("m"), approximate=LossyForm())),
     ],
 )
 def test_adapter(text: str, name: str, path: str, declared: Declared) -> None:
@@ -55,7 +57,17 @@ def test_a_home_folder_is_resolved() -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["", "initial", "initial=", "residual=", "trained-on-base=", "trained-on-base=yes", "trained_on_base", "other=x"],
+    [
+        "",
+        "initial",
+        "initial=",
+        "residual=",
+        "trained-on-base=",
+        "trained-on-base=yes",
+        "trained_on_base",
+        "other=x",
+        "approximate",
+    ],
 )
 def test_an_unknown_declaration_is_refused(part: str) -> None:
     with pytest.raises(OptionError, match="none of initial=DIR") as error:
@@ -64,9 +76,14 @@ def test_an_unknown_declaration_is_refused(part: str) -> None:
 
 
 def test_a_declaration_twice_is_refused() -> None:
-    for part in ("initial=a,initial=b", "trained-on-base,trained-on-base"):
+    for part in ("initial=a,initial=b", "trained-on-base,trained-on-base", "approximate=1bit,approximate=svd-1"):
         with pytest.raises(OptionError, match="at most once"):
             parse_adapter(f"x=y,{part}")
+
+
+def test_an_unknown_lossy_form_is_refused() -> None:
+    with pytest.raises(OptionError, match="--adapter 'x=y,approximate=2bit': approximate '2bit' is no form"):
+        parse_adapter("x=y,approximate=2bit")
 
 
 @pytest.mark.parametrize("text", ["", "=", "name", "name=", "=path", "adapters/wikisql"])

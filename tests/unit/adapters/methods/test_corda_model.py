@@ -19,7 +19,7 @@ from motet.adapters.errors import (
     UnsafeFormatError,
 )
 from motet.adapters.spec import Declared
-from tests.support.bases import base_of
+from tests.support.bases import base_of, linears
 from tests.support.layouts_corda import corda_official
 from tests.support.models import tiny_llama
 from tests.support.tolerances import TOLERANCES
@@ -173,5 +173,5 @@ def test_a_merged_model_is_a_full_fine_tune(llama: Bench, tmp_path: Path) -> Non
     merged.save_pretrained(tmp_path / "model")
     lowered = llama.lower(tmp_path / "model")
     assert (lowered.method, lowered.exact, lowered.effects) == ("full-model", True, {})
-    assert {path.removesuffix(".weight") for path in lowered.overlays} == llama.base.targets.keys()
+    assert {path.removesuffix(".weight") for path in lowered.overlays} == linears(llama.base)
     assert all(torch.equal(merged.get_parameter(path), values) for path, values in lowered.overlays.items())

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from motet.adapters.base import Kind
+from tests.support.bases import linears
 from tests.support.models import ALL_LINEARS
 from tests.unit.adapters.conftest import Bench, Tensors, edit
 
@@ -81,10 +83,11 @@ def test_effects_are_what_peft_merges(
     changed = 0
     for name, target in bench.base.targets.items():
         effects, linear = lowered.effects.get(name), merged.get_submodule(name)
+        merged_OI = linear.weight.T if target.kind is Kind.EMBEDDING else linear.weight
         weight_OI = bench.base.weight(name)
         bias_O = bench.base.bias(name) if target.has_bias else torch.zeros(target.out_width)
         if effects is None:
-            assert torch.equal(linear.weight, weight_OI), f"{name} has no effects, but PEFT changes it"
+            assert torch.equal(merged_OI, weight_OI), f"{name} has no effects, but PEFT changes it"
         else:
             changed += 1
             if effects.low_rank:
@@ -93,7 +96,7 @@ def test_effects_are_what_peft_merges(
                 weight_OI = (1 + effects.scale.delta_O)[:, None] * weight_OI
             if effects.bias:
                 bias_O = bias_O + effects.bias.bias_O
-            torch.testing.assert_close(weight_OI, linear.weight, atol=ATOL, rtol=RTOL)
+            torch.testing.assert_close(weight_OI, merged_OI, atol=ATOL, rtol=RTOL)
         if target.has_bias:
             torch.testing.assert_close(bias_O, linear.bias, atol=ATOL, rtol=RTOL)
         else:
@@ -108,8 +111,8 @@ def test_product_is_pefts_delta_weight(llama: Bench, tmp_path: Path, use_rslora:
         tmp_path / "adapter", r=3, target_modules=ALL_LINEARS, use_rslora=use_rslora, rank_pattern={"q_proj": 5}
     )
     lowered, peft_model = llama.lower(folder), llama.peft(folder)
-    assert lowered.effects.keys() == llama.base.targets.keys()
-    assert lowered.expected_targets == len(llama.base.targets)
+    assert lowered.effects.keys() == linears(llama.base)
+    assert lowered.expected_targets == len(linears(llama.base))
     assert lowered.scaling == ("alpha/sqrt(r)" if use_rslora else "alpha/r")
     for name, effects in lowered.effects.items():
         assert effects.low_rank is not None

@@ -22,6 +22,8 @@ from motet.adapters.errors import (
 )
 from motet.adapters.methods import lower
 from motet.adapters.source import read
+from tests.support.bases import base_of, linears
+from tests.support.models import tiny_llama
 from tests.unit.adapters.conftest import Bench, Tensors, edit
 from tests.unit.adapters.methods.changes import drop, poison, put, rename
 
@@ -71,7 +73,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], None], type[AdapterError], str]] = 
     "a frozen rotation of A": (put(f"{PREFIX}.lora_A_rho", torch.ones(4)), UnmatchedTensorError, "lora_A_rho"),
     "embedding": (
         put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 256)),
-        UnsupportedError,
+        UnmatchedTensorError,
         "embed_tokens",
     ),
     "magnitude without use_dora": (put(f"{PREFIX}.lora_magnitude_vector", torch.ones(48)), ConfigError, "use_dora"),
@@ -81,7 +83,12 @@ REFUSED: dict[str, tuple[Callable[[Tensors], None], type[AdapterError], str]] = 
         UnmatchedTensorError,
         "base_layer.bias",
     ),
-    "a whole module": (put("base_model.model.lm_head.weight", torch.ones(256, 48)), UnmatchedTensorError, "lm_head"),
+    "a whole module": (
+        put("base_model.model.model.norm.weight", torch.ones(48)),
+        UnmatchedTensorError,
+        r"model\.norm",
+    ),
+    "a head of another base": (put("base_model.model.lm_head.weight", torch.ones(99, 48)), ShapeError, "lm_head"),
     "KaSA's diagonal": (put(f"{PREFIX}.lora_diag", torch.ones(4)), UnmatchedTensorError, "lora_diag"),
 }
 
@@ -104,7 +111,18 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[AdapterError], str]] = {
     "more targets than tensors": ({"target_modules": ["q_proj", "k_proj"]}, MissingTensorError, "names 4.*2 have no"),
     "fewer targets than tensors": ({"layers_to_transform": [0]}, UnmatchedTensorError, "2 tensors match no rule"),
     "targets of another model": ({"target_modules": ["c_attn"]}, UnmatchedTensorError, "4 tensors"),
-    "the head": ({"target_modules": ["q_proj", "embed_tokens"]}, UnsupportedError, "embed_tokens"),
+    "a norm": ({"target_modules": ["q_proj", "norm"]}, UnsupportedError, "norm"),
+    "the embedding without tensors": ({"target_modules": ["q_proj", "embed_tokens"]}, MissingTensorError, "1 have no"),
+    "trained tokens without tensors": ({"trainable_token_indices": [3]}, MissingTensorError, "trainable_tokens_delta"),
+    "trained tokens of no list": ({"trainable_token_indices": "3"}, ConfigError, "no list of token ids"),
+    "a trained token twice": ({"trainable_token_indices": [3, 3]}, ConfigError, "twice"),
+    "trained tokens of a linear": ({"trainable_token_indices": {"q_proj": [3]}}, UnsupportedError, "'q_proj'"),
+    "trained tokens under a pair": (
+        {"trainable_token_indices": {"embed_tokens": [3]}, "target_modules": ["q_proj", "embed_tokens"]},
+        AdapterError,
+        "embed_tokens",
+    ),
+    "tied pairs": ({"ensure_weight_tying": True}, UnsupportedError, "tied layers"),
     "DoRA without magnitudes": ({"use_dora": True}, MissingTensorError, "lora_magnitude_vector"),
     "lora_bias without biases": ({"lora_bias": True}, MissingTensorError, r"lora_B\.bias"),
     "a saved module without tensors": ({"modules_to_save": ["lm_head"]}, MissingTensorError, r"lm_head\.weight"),
@@ -138,10 +156,49 @@ def test_no_tensors_and_no_targets_is_refused(llama: Bench, tmp_path: Path) -> N
         llama.lower(folder)
 
 
-def test_lora_on_an_embedding_is_refused(llama: Bench, tmp_path: Path) -> None:
-    folder = llama.save(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(UnsupportedError):
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_residual_methods_on_tied_ends_are_refused(llama: Bench, tmp_path: Path, module: str, init: str) -> None:
+    """PEFT takes the start out of the weight that both ends share, or not at all: never answer wrongly."""
+    folder = llama.save(tmp_path / "adapter", target_modules=["q_proj", module], init_lora_weights=init)
+    with pytest.raises(UnsupportedError, match=module):
         llama.lower(folder)
+
+
+def test_a_pair_on_the_ends_of_an_odd_vocabulary_is_refused(tmp_path: Path) -> None:
+    bench = Bench(model := tiny_llama(vocab_size=251), base_of(model))
+    folder = bench.save(tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UnsupportedError, match=r"'lm_head'.*vocabulary of 251 .* multiple of 8; re-train without it"):
+        bench.lower(folder)
+    rest = bench.save(tmp_path / "rest", target_modules=["q_proj"], trainable_token_indices=[3])
+    lowered = bench.lower(rest)
+    assert lowered.overlays.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert lowered.overlays["lm_head.weight"] is lowered.overlays["model.embed_tokens.weight"]
+
+
+def test_saved_layers_that_contradict_each_other_are_refused(llama: Bench, tmp_path: Path) -> None:
+    folder = llama.save(tmp_path / "adapter", target_modules=["q_proj"])
+    edit(folder, put("base_model.model.lm_head.weight", torch.ones(256, 48)))
+    assert llama.lower(folder).overlays.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    edit(folder, put("base_model.model.model.embed_tokens.weight", torch.zeros(256, 48)))
+    with pytest.raises(ConfigError, match="tied"):
+        llama.lower(folder)
+
+
+def test_saved_layers_that_are_the_bases_cost_nothing(llama: Bench, tmp_path: Path) -> None:
+    folder = llama.save(tmp_path / "adapter", target_modules=["q_proj"])
+    own = llama.model.lm_head.weight.detach()
+    edit(folder, put("base_model.model.lm_head.weight", own.clone()))
+    lowered = llama.lower(folder)
+    assert all(name.endswith("q_proj") for name in lowered.effects)
+    assert not lowered.overlays
+
+
+def test_all_linear_leaves_the_head_alone(llama: Bench, tmp_path: Path) -> None:
+    """As PEFT means it: its tensors have none of the head's."""
+    folder = llama.save(tmp_path / "adapter", target_modules="all-linear")
+    lowered = llama.lower(edit(folder, config={"target_modules": "all-linear"}))  # PEFT writes the list
+    assert lowered.effects.keys() == linears(llama.base)
 
 
 def test_a_saved_module_that_no_row_can_replace_is_refused(llama: Bench, tmp_path: Path) -> None:

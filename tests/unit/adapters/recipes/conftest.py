@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from motet.adapters.recipes.readers import word_facts
 from motet.adapters.recipes.run import Base, Order
 from motet.adapters.recipes.table import RECIPES
+from motet.adapters.recipes.tasks import TASKS, Task
 from tests.support.models import tiny_llama
 from tests.support.tokenizer import byte_tokenizer
 
+SIDES, PARTS = "sides", "parts"
+"""Tasks of the fixture below."""
 COLORS = "red green blue black white brown grey pink gold navy teal plum".split()
 
 
@@ -33,6 +37,10 @@ def arc_row(subject: str, right: int) -> dict[str, Any]:
     }
 
 
+def boolq_row(n: int) -> dict[str, Any]:
+    return {"instruction": f"question: is {n} even?\n\nAnswer format", "answer": ("true", "false")[n % 2]}
+
+
 def write_rows(data: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
     path = data / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for split, first in (("train", 0), ("test", 3)):
         write_rows(folder, f"text/wikisql.{split}", (wikisql_row(c, n + first) for n in range(3) for c in COLORS))
+        write_rows(folder, f"qa/boolq.{split}", (boolq_row(n + first) for n in range(12)))
         write_rows(folder, f"qa/ARC-Easy.{split}", (arc_row(c, 1 + i % 3) for i, c in enumerate(COLORS)))
     return folder
 
@@ -78,3 +87,37 @@ def order() -> Callable[..., Order]:
         return Order(method, **{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wide() -> Callable[[], Base]:
+    """Channels that sixteen experts divide."""
+    tokenizer = byte_tokenizer()
+
+    def make() -> Base:
+        sizes = {"num_hidden_layers": 2, "vocab_size": 320, "max_position_embeddings": 512, "intermediate_size": 96}
+        return Base("public/name", tiny_llama(**sizes), tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def label_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Two tasks whose answers are one token each, and their data."""
+    for name, words in ((SIDES, ("l", "r")), (PARTS, ("x", "y", "z"))):
+        task = Task(
+            data=f"own/{name}",
+            read=lambda row: (row["question"], row["answer"]),
+            facts=lambda text, words=words: word_facts(words, text),  # type: ignore[misc]
+            hint="One letter: ",
+            answer_tokens=2,
+            demo="Which?",
+            choices=words,
+        )
+        monkeypatch.setitem(TASKS, name, task)  # type: ignore[misc]
+        for split in ("train", "test"):
+            rows = [
+                {"question": f"{color} {name} {n}?", "answer": words[n]} for color in COLORS for n in range(len(words))
+            ]
+            write_rows(tmp_path / "data", f"own/{name}.{split}", rows)
+    return tmp_path / "data"

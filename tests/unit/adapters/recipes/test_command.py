@@ -112,6 +112,28 @@ def test_a_rank_for_a_whole_model_is_refused_before_anything_is_loaded(train: Tr
     assert "loading" not in result.output
 
 
+def test_several_tasks_are_learnt_at_once_and_scored_apart(train: Train, tmp_path: Path) -> None:
+    result = train("emtal", "--task", "wikisql+boolq", "--targets", "q_proj", "--score", "2")
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["task"] == "wikisql+boolq"
+    assert {name: part["n"] for name, part in scores["tasks"].items()} == {"wikisql": 2, "boolq": 2}
+    for shown in ("wikisql exact_match", "boolq logit_accuracy", "boolq logit_auc"):
+        assert shown in result.output
+
+
+def test_a_part_that_is_no_task_is_refused(train: Train) -> None:
+    result = train("lora", "--task", "wikisql+bolq")
+    assert result.exit_code == 2
+    assert "there is no task 'bolq'; choose from wikisql, advising-slots" in " ".join(result.output.split())
+
+
+def test_without_scipy_the_remedy_is_named(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
+    assert "the package scipy, which is not installed" in train("lora").output
+
+
 def test_without_peft_the_remedy_is_named(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = train("lora")

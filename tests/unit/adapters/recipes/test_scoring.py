@@ -43,9 +43,9 @@ class Scripted:
 def test_answers_come_in_the_order_of_the_questions_whatever_their_length() -> None:
     tokenizer = byte_tokenizer()
     said = {f"q{'x' * (n % 7)}{n}": f"answer {n}" for n in range(40)}
-    texts, margins = answers(Scripted(tokenizer, said), tokenizer, TASKS["wikisql"], list(said))
+    texts, logits = answers(Scripted(tokenizer, said), tokenizer, TASKS["wikisql"], list(said))
     assert texts == list(said.values())
-    assert margins == [0.0] * 40
+    assert logits == [[]] * 40
 
 
 def test_scores_count_facts() -> None:
@@ -71,6 +71,35 @@ def test_choices_are_ranked_by_their_first_logits() -> None:
     assert (found["logit_accuracy"], found["logit_auc"], found["majority_class"]) == (0.75, 0.875, 0.5)
 
 
+def test_more_than_two_choices_have_no_auc() -> None:
+    """The first tokens are c, t, t, n and w; 't' has the logits that are told, all others 0."""
+    tokenizer = byte_tokenizer()
+    tests = [("a", "teacher"), ("b", "course"), ("c", "course"), ("d", "whether")]
+    model = Scripted(tokenizer, dict(tests), {"a": 2.0, "b": -1.0, "c": 1.0, "d": -1.0})
+    found = score(model, tokenizer, TASKS["advising-kind"], tests)
+    assert (found["logit_accuracy"], found["majority_class"], found["exact_match"]) == (0.5, 0.5, 1.0)
+    assert "logit_auc" not in found
+
+
+def test_the_record_of_joined_tasks_has_a_part_for_each(
+    order: Callable[..., Order], data: Path, tmp_path: Path
+) -> None:
+    exams = [scorecard.Exam.of(TASKS[name], data, 5) for name in ("wikisql", "boolq")]
+    bases = [scorecard.Result({"f1": 0.1}, "prose"), scorecard.Result({"f1": 0.2}, "prose")]
+    adapters = [scorecard.Result({"f1": 0.3}, "SELECT"), scorecard.Result({"f1": 0.4}, "true")]
+    scorecard.write(tmp_path, order("lora", task="wikisql+boolq"), exams, bases, adapters)
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["task"] == "wikisql+boolq"
+    assert record["tasks"].keys() == {"wikisql", "boolq"}
+    assert (record["tasks"]["boolq"]["base_told_the_format"], record["tasks"]["boolq"]["adapter"]) == (
+        {"f1": 0.2},
+        {"f1": 0.4},
+    )
+    assert record["tasks"]["wikisql"]["split"] == "text/wikisql.test"
+    assert (record["method"], record["rank"]) == ("lora", 3)
+    assert "adapter" not in record
+
+
 def test_the_record_says_how_the_adapter_was_trained(
     base: Callable[[], Base], order: Callable[..., Order], data: Path, tmp_path: Path
 ) -> None:
@@ -87,7 +116,7 @@ def test_the_record_says_how_the_adapter_was_trained(
     tokenizer = byte_tokenizer()
     result = exam.taken_by(Scripted(tokenizer, said), tokenizer, track, told=False)
     assert tracked == [0]
-    scorecard.write(tmp_path, order("pissa", seed=3), exam, scorecard.Result({"f1": 0.0}, "prose"), result)
+    scorecard.write(tmp_path, order("pissa", seed=3), [exam], [scorecard.Result({"f1": 0.0}, "prose")], [result])
     record = json.loads((tmp_path / "scores.json").read_text())
     assert record["adapter"]["exact_match"] == 1
     assert record["demo"] == {"question": exam.task.demo, "base": "prose", "adapter": "SELECT demo FROM table"}

@@ -60,6 +60,7 @@ def test_the_base_as_adapters_see_it(adapter: Path) -> None:
             "dtype": "float32",
             "targets": ["q_proj"],
             "other_modules": [],
+            "embedding": None,
         }
 
     during(adapter, scenario)

@@ -20,7 +20,6 @@ from tests.support.models import reference_copy, tiny_llama
 @dataclass
 class Step:
     overlays: OverlayPlan | None = None
-    logit_rows: torch.Tensor | None = None
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ X = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
 
 def test_only_the_adapters_rows_are_computed_again(norm: nn.Module) -> None:
     step = Step()
-    overlaid = OverlaidModules({"norm": norm}, "head", step, {"norm": 1})
+    overlaid = OverlaidModules({"norm": norm}, step, {"norm": 1})
     base = norm(X)
     overlaid.install()
     assert torch.equal(norm(X), base)
@@ -45,26 +44,16 @@ def test_only_the_adapters_rows_are_computed_again(norm: nn.Module) -> None:
     torch.testing.assert_close(found[:, 4:], base[:, 4:] + 1)
 
 
-def test_the_head_sees_the_needed_rows_only() -> None:
-    head = nn.Linear(4, 3, bias=False)
-    step = Step(OverlayPlan([(2, 5, {"head.weight": torch.ones(3, 4)})]), torch.tensor([0, 3, 4, 5]))
-    base = head(X[:, step.logit_rows])
-    OverlaidModules({"head": head}, "head", step, {"head": 1}).install()
-    found = head(X[:, step.logit_rows])
-    assert torch.equal(found[:, [0, 3]], base[:, [0, 3]])
-    torch.testing.assert_close(found[:, 1:3], X[:, 3:5].sum(2, keepdim=True).expand(1, 2, 3))
-
-
 def test_rows_may_be_any_dimension(norm: nn.Module) -> None:
     """Norms of single heads: [1, heads, T, width]."""
     dims = RowDims({"norm": norm, "idle": nn.LayerNorm(4)})
     for rows in (7, 3):
         dims.expect(rows)
         norm(torch.zeros(1, 3, rows, 4))
-    learnt = dims.finish("head")
-    assert learnt == {"norm": 2, "head": 1}
+    learnt = dims.finish()
+    assert learnt == {"norm": 2}
     step = Step(OverlayPlan([(0, 2, {"norm.bias": torch.ones(4)})]))
-    OverlaidModules({"norm": norm}, "head", step, learnt).install()
+    OverlaidModules({"norm": norm}, step, learnt).install()
     found = norm(X.view(1, 2, 3, 4))
     assert torch.equal(found[:, :, 2], nn.functional.layer_norm(X.view(1, 2, 3, 4), (4,))[:, :, 2])
 
@@ -73,7 +62,7 @@ def test_a_module_whose_rows_cannot_be_told_from_heads_cannot_be_replaced(norm: 
     dims = RowDims({"norm": norm})
     dims.expect(3)
     norm(torch.zeros(1, 3, 3, 4))
-    assert dims.finish("head") == {"head": 1}
+    assert dims.finish() == {}
 
 
 @pytest.fixture
