@@ -193,7 +193,7 @@ def _warm_up(runner: ModelRunner) -> None:
     """One prompt and one token, so that the first request does not pay for lazy initialisation."""
     for start, tokens in ((0, (1,) * 16), (15, (1,))):
         sampling = Sampling(max_tokens=1)
-        span = Span(GenerationId(0), None, tokens, start, (BlockId(0),), True, sampling, 0)
+        span = Span(GenerationId(0), (), tokens, start, (BlockId(0),), True, sampling, 0)
         runner.run(Plan((span,)))
 
 

@@ -9,13 +9,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from motet.adapters.registry import Lease
 from motet.server.api.errors import ApiError, bad_request
 from motet.server.api.schemas import MOST_STOPS, GenerationBody
 from motet.server.api.service import Service
 from motet.server.api.text import Detokenizer
 from motet.server.api.voice import Voice
-from motet.server.engine.types import FinishReason, Sampling, TokenEvent, TokenLogprobs
+from motet.server.engine.types import Applied, FinishReason, Sampling, TokenEvent, TokenLogprobs
 
 MOST_GENERATIONS = 1024
 """Generations of one request: prompts times answers to each."""
@@ -115,9 +114,9 @@ class Job:
     def _submit(self, resolved: Lease | None, samplings: Sequence[Sampling], copies: int) -> None:
         """Hand every generation to the engine, each with its own lease on the one version the name meant."""
         for generation, choice in zip(self._stream.generations, self.choices, strict=True):
-            lease = None if resolved is None else self._service.registry.renew(resolved)
             sampling = _copy_for(samplings[choice.index // copies], choice.index % copies)
-            self._service.engine.submit(generation, choice.prompt, sampling, lease)
+            applied = () if resolved is None else (Applied(self._service.registry.renew(resolved)),)
+            self._service.engine.submit(generation, choice.prompt, sampling, applied)
 
     async def __aenter__(self) -> Job:
         return self

@@ -15,7 +15,7 @@ from motet.adapters.registry import Check, Lease
 from motet.server.api.service import BaseInfo
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
-from motet.server.engine.types import FinishReason, GenerationId, Sampling
+from motet.server.engine.types import Applied, FinishReason, GenerationId, Sampling
 
 SAMPLING = Sampling(max_tokens=1, temperature=0, prompt_logprobs=0)
 
@@ -53,7 +53,8 @@ class Scorer:
         found: dict[GenerationId, list[float]] = {generation: [] for generation in stream.generations}
         try:
             for generation, prompt in zip(stream.generations, prompts, strict=True):
-                self._engine.submit(generation, prompt, SAMPLING, lease())
+                held = lease()
+                self._engine.submit(generation, prompt, SAMPLING, (Applied(held),) if held else ())
             async for event in stream:
                 if event.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
                     raise ScoringError(event.error or "the server is stopping; try again when it runs")

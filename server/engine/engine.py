@@ -10,14 +10,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.types import (
+    Applied,
     FinishReason,
     Generation,
     GenerationId,
+    GivenInput,
     Lease,
     Plan,
     Runner,
@@ -57,7 +59,7 @@ class Engine:
 
     Args:
         publish: receives the events of a step, in the step thread; must return quickly.
-        end_lease: called once for the lease of every generation that ended, however it ended.
+        end_lease: called once for every lease of a generation that ended, however it ended.
         prepare: called in the step thread before its first step.
     """
 
@@ -101,10 +103,17 @@ class Engine:
         """Whether the step thread runs."""
         return self._thread.is_alive()
 
-    def submit(self, generation: GenerationId, prompt: Sequence[int], sampling: Sampling, lease: Lease | None) -> None:
-        """Queue a prompt; from here on the engine owns the lease. May be called from any thread."""
+    def submit(
+        self,
+        generation: GenerationId,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        applied: Sequence[Applied] = (),
+        given: Mapping[int, GivenInput] | None = None,
+    ) -> None:
+        """Queue a prompt; from here on the engine owns the leases. May be called from any thread."""
         assert prompt, "a prompt has at least one token"
-        self._post(Generation(generation, list(prompt), len(prompt), sampling, lease))
+        self._post(Generation(generation, list(prompt), len(prompt), sampling, tuple(applied), given or {}))
 
     def cancel(self, generation: GenerationId) -> None:
         """End a generation early; does nothing when it has ended. May be called from any thread."""
@@ -162,8 +171,7 @@ class Engine:
     def _commit(self, plan: Plan, results: Sequence[SpanResult]) -> None:
         events, ended = self._scheduler.commit(plan, results)
         for generation in ended:
-            if generation.lease is not None:
-                self._end_lease(generation.lease)
+            self._end_leases(generation)
         if events:
             self._publish(events)
 
@@ -176,9 +184,12 @@ class Engine:
         self._observe(plan, 0.0, failed=True)
 
     def _finish(self, generation: Generation, reason: FinishReason, error: str | None = None) -> None:
-        if generation.lease is not None:
-            self._end_lease(generation.lease)
+        self._end_leases(generation)
         self._publish([TokenEvent(generation.id, finish=reason, error=error)])
+
+    def _end_leases(self, generation: Generation) -> None:
+        for one in generation.applied:
+            self._end_lease(one.lease)
 
     def _observe(self, plan: Plan, step_s: float, failed: bool = False) -> None:
         scheduler, before = self._scheduler, self.state

@@ -61,7 +61,7 @@ class Scheduler:
     @property
     def waiting_adapters(self) -> frozenset[str]:
         """Names of the adapters that waiting generations want."""
-        return frozenset(generation.version.name for generation in self._waiting if generation.version)
+        return frozenset(one.lease.version.name for generation in self._waiting for one in generation.applied)
 
     def add(self, generation: Generation) -> None:
         """Queue a new generation, which must fit into the cache when it runs alone."""
@@ -142,6 +142,7 @@ class Scheduler:
                     prompt_logprobs,
                     finish,
                     generation.cached_tokens or 0,
+                    result.feature,
                 )
             )
             if finish is not None:
@@ -158,7 +159,7 @@ class Scheduler:
         before, after = generation.computed, generation.computed + count
         generation.computed = after
         size = self.blocks.block_size
-        self.blocks.share(generation.version, generation.blocks, generation.tokens, before // size, after // size)
+        self.blocks.share(generation.namespace, generation.blocks, generation.tokens, before // size, after // size)
 
     def _admit(self, generation: Generation) -> bool:
         """Hold every block the tokens so far need, reusing shared ones; False when it must wait.
@@ -168,7 +169,7 @@ class Scheduler:
         if len(self._running) >= self.limits.generations:
             return False
         reusable = [] if generation.sampling.prompt_logprobs is not None else generation.tokens[:-1]
-        shared = self.blocks.match(generation.version, reusable)
+        shared = self.blocks.match(generation.namespace, reusable)
         missing = self.blocks.blocks_for(len(generation.tokens)) - len(shared)
         fresh = self.blocks.allocate(missing) if missing + len(self._running) <= self.blocks.spare else None
         if fresh is None:
@@ -211,7 +212,7 @@ class Scheduler:
         wants_prompt = sampling.prompt_logprobs is not None and generation.drawn == 0
         return Span(
             generation=generation.id,
-            lease=generation.lease,
+            applied=generation.applied,
             tokens=tuple(generation.tokens[start:stop]),
             start=start,
             blocks=tuple(generation.blocks[: self.blocks.blocks_for(stop)]),
@@ -221,12 +222,14 @@ class Scheduler:
             history=tuple(generation.tokens) if sampling.needs_history else (),
             prompt_length=generation.prompt_length,
             prompt_targets=tuple(generation.tokens[start + 1 : stop + 1]) if wants_prompt else (),
+            given={at - start: one for at, one in generation.given.items() if start <= at < stop},
+            feature=sampling.feature and generation.drawn == 0 and stop == len(generation.tokens),
         )
 
 
-def _adapter_order(choice: tuple[Generation, int]) -> tuple[str, str]:
-    version = choice[0].version
-    return (version.name, version.digest) if version else ("", "")
+def _adapter_order(choice: tuple[Generation, int]) -> list[tuple[str, str, tuple[float, ...]]]:
+    """Rows of one adapter and gate become neighbours."""
+    return [(one.lease.version.name, one.lease.version.digest, one.gate or ()) for one in choice[0].applied]
 
 
 def _finish_reason(generation: Generation) -> FinishReason | None:

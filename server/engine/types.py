@@ -6,9 +6,9 @@ Must not know: torch, HTTP, JSON, text. Tokens are integers, adapters are versio
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NewType, Protocol
+from typing import Any, NewType, Protocol
 
 from motet.adapters.version import AdapterVersion, Slot
 
@@ -39,6 +39,7 @@ class Sampling:
         logit_bias: (token, added logit).
         top_logprobs: report the log-probability of the drawn token and of this many most likely; None reports none.
         prompt_logprobs: the same for every token of the prompt.
+        feature: report what the head reads at the last token of the prompt.
     """
 
     max_tokens: int
@@ -55,6 +56,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    feature: bool = False
 
     @property
     def needs_history(self) -> bool:
@@ -74,13 +76,39 @@ class Lease(Protocol):
         """Where that version is resident."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Applied:
+    """One adapter as one request uses it.
+
+    Attributes:
+        gate: a factor for each group of the adapter's rank rows, the same for the whole request; None leaves all at 1.
+    """
+
+    lease: Lease
+    gate: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenInput:
+    """An input row that is not a token's embedding.
+
+    Attributes:
+        key: equal keys mean equal values.
+        values: what the runner puts in the embedding's place; the engine never looks at it.
+    """
+
+    key: Hashable
+    values: Any
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """One sequence being generated: state of the scheduler, read by nobody else.
 
     Attributes:
         tokens: prompt, then drawn tokens.
-        lease: on the adapter; None for the base model.
+        applied: the adapters whose changes add up; none for the base model.
+        given: position in the prompt → what stands there instead of the token's embedding.
         computed: tokens whose keys and values are in the cache.
         blocks: cache blocks, in order of position.
         cached_tokens: prompt tokens that were found in the prefix cache at first admission.
@@ -91,15 +119,18 @@ class Generation:
     tokens: list[int]
     prompt_length: int
     sampling: Sampling
-    lease: Lease | None = None
+    applied: tuple[Applied, ...] = ()
+    given: Mapping[int, GivenInput] = field(default_factory=dict)
     computed: int = 0
     blocks: list[BlockId] = field(default_factory=list)
     cached_tokens: int | None = None
     prompt_reported: int = 0
 
     @property
-    def version(self) -> AdapterVersion | None:
-        return self.lease.version if self.lease else None
+    def namespace(self) -> Hashable:
+        """What keys and values depend on beside the tokens before them."""
+        adapters = tuple((one.lease.version, one.gate) for one in self.applied)
+        return adapters, tuple(sorted((position, one.key) for position, one in self.given.items()))
 
     @property
     def drawn(self) -> int:
@@ -119,10 +150,12 @@ class Span:
         history: all tokens so far, only where penalties need them.
         drawn: tokens drawn before this step.
         prompt_targets: the prompt tokens that follow the first rows, where their log-probabilities were asked for.
+        given: row of the span → what stands there instead of the token's embedding.
+        feature: whether the last row is the prompt's last and its feature was asked for.
     """
 
     generation: GenerationId
-    lease: Lease | None
+    applied: tuple[Applied, ...]
     tokens: tuple[int, ...]
     start: int
     blocks: tuple[BlockId, ...]
@@ -132,10 +165,13 @@ class Span:
     history: tuple[int, ...] = ()
     prompt_length: int = 0
     prompt_targets: tuple[int, ...] = ()
+    given: Mapping[int, GivenInput] = field(default_factory=dict)
+    feature: bool = False
 
     @property
-    def version(self) -> AdapterVersion | None:
-        return self.lease.version if self.lease else None
+    def adapters(self) -> str:
+        """Names of the adapters, for people; empty for the base model."""
+        return " + ".join(one.lease.version.name for one in self.applied)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,12 +208,14 @@ class SpanResult:
         logprobs: of the drawn token, where asked for.
         prompt_logprobs: one entry per prompt target.
         error: why the span has no result; its generation ends.
+        feature: [D] what the head read at the last row, where asked for.
     """
 
     token: int | None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    feature: Any = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,6 +224,7 @@ class TokenEvent:
 
     Attributes:
         token: drawn token; None when only the prompt advanced or the generation ended without one.
+        feature: with the first token, where asked for.
         cached_tokens: prompt tokens the prefix cache spared.
     """
 
@@ -195,6 +234,7 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     cached_tokens: int = 0
+    feature: Any = None
     error: str | None = None
 
 

@@ -210,8 +210,8 @@ def _runs(spans: Sequence[tuple[Span, int]]) -> tuple[list[Run], int]:
     row = 0
     for span, rows in spans:
         stop = row + rows
-        if span.lease is not None and rows:
-            slot = span.lease.slot
+        if span.applied and rows:
+            slot = span.applied[0].lease.slot
             if runs and runs[-1].slot == slot and runs[-1].stop == row:
                 runs[-1] = Run(slot, runs[-1].start, stop)
             else:

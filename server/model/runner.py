@@ -154,7 +154,7 @@ def _broken(spans: Sequence[Span], logits_nV: torch.Tensor) -> dict[GenerationId
     for span in spans:
         stop = row + logit_rows(span)
         if not all(finite[row:stop]):
-            model = "the base model" if span.version is None else f"adapter {span.version.name!r}"
+            model = f"adapter {span.adapters!r}" if span.adapters else "the base model"
             broken[span.generation] = f"{model} computed NaN or infinity for this prompt; its weights overflow"
         row = stop
     return broken

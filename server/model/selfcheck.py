@@ -82,7 +82,7 @@ class SelfCheck:
         blocks = range(sequence * SEQUENCE, sequence * SEQUENCE + -(-stop // BLOCK_SIZE))
         return Span(
             generation=GenerationId(sequence),
-            lease=None,
+            applied=(),
             tokens=tuple(tokens[start:stop]),
             start=start,
             blocks=tuple(BlockId(block) for block in blocks),

@@ -8,13 +8,29 @@ from dataclasses import dataclass, field, replace
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from motet.adapters.version import AdapterVersion
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.types import FinishReason, Generation, GenerationId, Plan, Sampling, SpanResult, TokenEvent
-from tests.support.fake_runner import VOCABULARY, FakeLease, FakeRunner, generate_alone, logprobs_at, version_of
+from tests.support.fake_runner import (
+    VOCABULARY,
+    FakeRunner,
+    Use,
+    applied,
+    generate_alone,
+    logprobs_at,
+    use_of,
+    version_of,
+)
 
-VERSIONS: tuple[AdapterVersion | None, ...] = (None, version_of("a"), version_of("a", "1"), version_of("b"))
+USES: tuple[Use, ...] = (
+    (),
+    ((version_of("a"), None),),
+    ((version_of("a", "1"), None),),
+    ((version_of("b"), None),),
+    ((version_of("b"), (0.25, 0.75)),),
+    ((version_of("b"), (0.75, 0.25)),),
+    ((version_of("a"), (0.5,)), (version_of("b"), (0.5,))),
+)
 COMMON_PREFIX = [0, 1, 2, 0, 1, 1, 0, 2, 2, 0, 0, 1]
 token = st.integers(0, VOCABULARY - 1)
 prompts = st.builds(
@@ -61,53 +77,51 @@ class Traffic(RuleBasedStateMachine):
         self.cache: dict[GenerationId, list[int]] = {}
         self.runner = FakeRunner(block_size, self.cache)
         self.open: dict[GenerationId, Expected] = {}
-        self.arrived: list[tuple[AdapterVersion | None, list[int]]] = []
+        self.arrived: list[tuple[Use, list[int]]] = []
         self.ids = map(GenerationId, itertools.count())
 
-    @rule(arrivals=st.lists(st.tuples(st.sampled_from(VERSIONS), prompts, samplings), min_size=1, max_size=3))
-    def arrive(self, arrivals: list[tuple[AdapterVersion | None, list[int], Sampling]]) -> None:
-        for version, prompt, sampling in arrivals:
-            self._arrive(version, prompt, sampling)
+    @rule(arrivals=st.lists(st.tuples(st.sampled_from(USES), prompts, samplings), min_size=1, max_size=3))
+    def arrive(self, arrivals: list[tuple[Use, list[int], Sampling]]) -> None:
+        for use, prompt, sampling in arrivals:
+            self._arrive(use, prompt, sampling)
 
     @precondition(lambda self: self.arrived)
     @rule(pick=st.integers(0, 2), sampling=samplings)
     def arrive_again(self, pick: int, sampling: Sampling) -> None:
         """One of the latest prompts, whatever became of it."""
-        version, prompt = self.arrived[-1 - pick % len(self.arrived)]
-        self._arrive(version, prompt, sampling)
+        use, prompt = self.arrived[-1 - pick % len(self.arrived)]
+        self._arrive(use, prompt, sampling)
 
     @precondition(lambda self: not self.open)
     @rule(
-        versions=st.tuples(st.sampled_from(VERSIONS), st.sampled_from(VERSIONS)),
+        uses=st.tuples(st.sampled_from(USES), st.sampled_from(USES)),
         reports=st.sampled_from([0, None]),
         steps=st.integers(4, 16),
     )
-    def a_long_answer_meets_a_long_prompt(
-        self, versions: tuple[AdapterVersion | None, AdapterVersion | None], reports: int | None, steps: int
-    ) -> None:
+    def a_long_answer_meets_a_long_prompt(self, uses: tuple[Use, Use], reports: int | None, steps: int) -> None:
         """The second just fits beside the first, so it is preempted while its prompt is computed and reported."""
         length = (self.pool.size - 2) * self.pool.block_size
-        self._arrive(versions[0], [0], Sampling(max_tokens=24))
-        self._arrive(versions[1], (COMMON_PREFIX * 6)[:length], Sampling(max_tokens=2, prompt_logprobs=reports))
+        self._arrive(uses[0], [0], Sampling(max_tokens=24))
+        self._arrive(uses[1], (COMMON_PREFIX * 6)[:length], Sampling(max_tokens=2, prompt_logprobs=reports))
         self.run_steps(steps)
 
     @precondition(lambda self: not self.open)
-    @rule(versions=st.permutations(VERSIONS))
-    def versions_arrive_in_turn(self, versions: list[AdapterVersion | None]) -> None:
-        """One step holds spans of a version that did not arrive as neighbours."""
-        for version in (versions[0], versions[1], versions[0], versions[1]):
-            self._arrive(version, [0], Sampling(max_tokens=4))
+    @rule(uses=st.permutations(USES))
+    def uses_arrive_in_turn(self, uses: list[Use]) -> None:
+        """One step holds spans of a use that did not arrive as neighbours."""
+        for use in (uses[0], uses[1], uses[0], uses[1]):
+            self._arrive(use, [0], Sampling(max_tokens=4))
         self.run_steps(3)
 
-    @rule(version=st.sampled_from(VERSIONS), prompt=prompts, steps=st.integers(1, 4))
-    def an_unfinished_prompt_comes_again(self, version: AdapterVersion | None, prompt: list[int], steps: int) -> None:
+    @rule(use=st.sampled_from(USES), prompt=prompts, steps=st.integers(1, 4))
+    def an_unfinished_prompt_comes_again(self, use: Use, prompt: list[int], steps: int) -> None:
         """Of the first only some blocks were computed, the last of them in part."""
-        self._arrive(version, prompt + COMMON_PREFIX, Sampling(max_tokens=2))
+        self._arrive(use, prompt + COMMON_PREFIX, Sampling(max_tokens=2))
         first = next(reversed(self.open))
         self.run_steps(steps)
         if first in self.open:
             self._cancel(first)
-        self._arrive(version, prompt + COMMON_PREFIX, Sampling(max_tokens=2))
+        self._arrive(use, prompt + COMMON_PREFIX, Sampling(max_tokens=2))
 
     @precondition(lambda self: self.open)
     @rule(pick=st.integers(0, 99))
@@ -154,17 +168,15 @@ class Traffic(RuleBasedStateMachine):
         assert self.scheduler.waiting_adapters == frozenset()
         assert not self.scheduler.plan().spans
 
-    def _arrive(self, version: AdapterVersion | None, prompt: list[int], sampling: Sampling) -> None:
+    def _arrive(self, use: Use, prompt: list[int], sampling: Sampling) -> None:
         room = self.pool.size * self.pool.block_size
         prompt = prompt[: room - 1]
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room - len(prompt)))
-        generation = Generation(
-            next(self.ids), list(prompt), len(prompt), sampling, FakeLease(version) if version else None
-        )
-        drawn, reason = generate_alone(version, prompt, sampling)
+        generation = Generation(next(self.ids), list(prompt), len(prompt), sampling, applied(use))
+        drawn, reason = generate_alone(use, prompt, sampling)
         self.open[generation.id] = Expected(generation, drawn, reason)
         self.cache[generation.id] = prompt + drawn
-        self.arrived.append((version, prompt))
+        self.arrived.append((use, prompt))
         self.scheduler.add(generation)
 
     def _step(self, cancelled: GenerationId | None = None, failing: int | None = None) -> None:
@@ -188,12 +200,12 @@ class Traffic(RuleBasedStateMachine):
     def _check(self, plan: Plan, before: dict[GenerationId, int]) -> None:
         assert plan.rows <= self.limits.rows
         assert len(plan.spans) == len({span.generation for span in plan.spans})
-        neighbours = [found for found, _ in itertools.groupby(span.version for span in plan.spans)]
-        assert len(neighbours) == len(set(neighbours)), "spans of one version are not neighbours"
+        neighbours = [found for found, _ in itertools.groupby(use_of(span) for span in plan.spans)]
+        assert len(neighbours) == len(set(neighbours)), "spans of one use are not neighbours"
         for span in plan.spans:
             assert span.tokens
             assert len(span.blocks) == self.pool.blocks_for(span.start + len(span.tokens))
-            assert span.version == self.open[span.generation].generation.version
+            assert span.applied == self.open[span.generation].generation.applied
         if self.open:
             oldest = next(iter(self.open))
             assert oldest in {span.generation for span in plan.spans}, "the oldest generation does not advance"

@@ -1,6 +1,6 @@
 """A runner without a model: its "cache" remembers who wrote what where, so that any mixing of blocks shows at once.
 
-The next token is a function of the adapter version and of all tokens as they stand in the cache's blocks.
+The next token is a function of the adapters, their gates, and of all tokens as they stand in the cache's blocks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from motet.adapters.version import AdapterVersion, Digest, Slot
 from motet.server.engine.types import (
+    Applied,
     BlockId,
     FinishReason,
     GenerationId,
@@ -23,6 +24,9 @@ from motet.server.engine.types import (
 
 VOCABULARY = 3
 
+Use = tuple[tuple[AdapterVersion, tuple[float, ...] | None], ...]
+"""Adapter versions with their gates."""
+
 
 @dataclass(eq=False)
 class FakeLease:
@@ -34,17 +38,24 @@ def version_of(name: str, digest: str = "0") -> AdapterVersion:
     return AdapterVersion(name, Digest(digest))
 
 
-def next_token(version: AdapterVersion | None, tokens: Sequence[int]) -> int:
-    return zlib.crc32(repr((version, list(tokens))).encode()) % VOCABULARY
+def applied(use: Use) -> tuple[Applied, ...]:
+    """With fresh leases."""
+    return tuple(Applied(FakeLease(version), gate) for version, gate in use)
 
 
-def generate_alone(
-    version: AdapterVersion | None, prompt: Sequence[int], sampling: Sampling
-) -> tuple[list[int], FinishReason]:
+def use_of(span: Span) -> Use:
+    return tuple((one.lease.version, one.gate) for one in span.applied)
+
+
+def next_token(use: Use, tokens: Sequence[int]) -> int:
+    return zlib.crc32(repr((use, list(tokens))).encode()) % VOCABULARY
+
+
+def generate_alone(use: Use, prompt: Sequence[int], sampling: Sampling) -> tuple[list[int], FinishReason]:
     """Drawn tokens and the reason of the end, by the definition and nothing else."""
     tokens = list(prompt)
     while True:
-        tokens.append(next_token(version, tokens))
+        tokens.append(next_token(use, tokens))
         drawn = len(tokens) - len(prompt)
         if tokens[-1] in sampling.stop_token_ids and drawn >= sampling.min_tokens:
             return tokens[len(prompt) :], FinishReason.STOP
@@ -59,7 +70,7 @@ def logprobs_at(token: int, position: int) -> TokenLogprobs:
 
 @dataclass(frozen=True)
 class _Cell:
-    version: AdapterVersion | None
+    use: Use
     position: int
     token: int
 
@@ -80,7 +91,7 @@ class FakeRunner:
     def run(self, plan: Plan) -> Sequence[SpanResult]:
         for span in plan.spans:  # all rows are written before any is read, as in a forward
             for position, token in enumerate(span.tokens, span.start):
-                self._cells[self._place(span, position)] = _Cell(span.version, position, token)
+                self._cells[self._place(span, position)] = _Cell(use_of(span), position, token)
         self.rows += plan.rows
         return [self._result(span) for span in plan.spans]
 
@@ -90,7 +101,7 @@ class FakeRunner:
     def _result(self, span: Span) -> SpanResult:
         stop = span.start + len(span.tokens)
         cells = [self._cells[self._place(span, position)] for position in range(stop)]
-        assert [cell.version for cell in cells] == [span.version] * stop, "keys and values of another version"
+        assert [cell.use for cell in cells] == [use_of(span)] * stop, "keys and values of another version or gate"
         assert [cell.position for cell in cells] == list(range(stop)), "keys and values of other positions"
         history = [cell.token for cell in cells]
         if self._expected is not None:
@@ -98,7 +109,7 @@ class FakeRunner:
         if span.history:
             assert list(span.history[:stop]) == history
         return SpanResult(
-            token=next_token(span.version, history) if span.draw else None,
+            token=next_token(use_of(span), history) if span.draw else None,
             logprobs=None,
             prompt_logprobs=tuple(
                 logprobs_at(token, position) for position, token in enumerate(span.prompt_targets, span.start + 1)

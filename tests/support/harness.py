@@ -18,7 +18,7 @@ from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
-from motet.server.engine.types import GenerationId, Sampling, Span, SpanResult, TokenEvent
+from motet.server.engine.types import Applied, GenerationId, Sampling, Span, SpanResult, TokenEvent
 from motet.server.model.batch import EffectsBuilder
 from motet.server.model.loader import LoadedModel, prepare
 from motet.server.model.runner import ModelRunner
@@ -94,8 +94,8 @@ class Harness:
             generation = GenerationId(self._next)
             self._next += 1
             self._results[generation] = Generated()
-            lease = self.registry.acquire(adapter) if adapter else None
-            self.engine.submit(generation, prompt, samplings[i] if samplings else sampling, lease)
+            applied = (Applied(self.registry.acquire(adapter)),) if adapter else ()
+            self.engine.submit(generation, prompt, samplings[i] if samplings else sampling, applied)
             generations.append(generation)
         while not all(self._finished(generation) for generation in generations):
             self.engine.step()

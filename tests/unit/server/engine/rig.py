@@ -11,6 +11,7 @@ from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.types import (
+    Applied,
     FinishReason,
     GenerationId,
     Lease,
@@ -69,7 +70,7 @@ class Rig:
         lease = FakeLease(version_of(adapter)) if adapter else None
         if lease:
             self.leases[id] = lease
-        self.engine.submit(id, prompt, sampling, lease)
+        self.engine.submit(id, prompt, sampling, (Applied(lease),) if lease else ())
         return id
 
     def wait(self, ids: Sequence[GenerationId]) -> None:

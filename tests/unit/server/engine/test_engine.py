@@ -58,8 +58,8 @@ def test_submissions_from_many_threads_all_get_their_answer(running: Rig) -> Non
         thread.join()
     running.wait(list(jobs))
     for id, (prompt, adapter) in jobs.items():
-        version = version_of(adapter) if adapter else None
-        assert (running.tokens(id), running.ends(id)[0]) == generate_alone(version, prompt, SHORT)
+        use = ((version_of(adapter), None),) if adapter else ()
+        assert (running.tokens(id), running.ends(id)[0]) == generate_alone(use, prompt, SHORT)
     running.engine.stop(PATIENCE_S)
     running.assert_everything_ended_once()
 
@@ -180,7 +180,7 @@ def test_failed_step_ends_its_generations_and_no_others() -> None:
     assert rig.events[waiting] == []
     rig.runner.fails = lambda plan: False
     run_until_idle(rig)
-    assert rig.tokens(waiting) == generate_alone(version_of("de"), [0, 1, 2], SHORT)[0]
+    assert rig.tokens(waiting) == generate_alone(((version_of("de"), None),), [0, 1, 2], SHORT)[0]
     rig.assert_everything_ended_once()
 
 
@@ -191,7 +191,7 @@ def test_failed_span_ends_its_generation_and_no_other(rig: Rig) -> None:
     assert [(event.token, event.finish, event.error) for event in rig.events[bad]] == [
         (None, FinishReason.ERROR, "not finite")
     ]
-    assert rig.tokens(good) == generate_alone(version_of("fr"), [0, 1], SHORT)[0]
+    assert rig.tokens(good) == generate_alone(((version_of("fr"), None),), [0, 1], SHORT)[0]
     assert rig.engine.state.failures == 0
     rig.assert_everything_ended_once()
 
@@ -205,7 +205,7 @@ def test_failed_step_leaves_nothing_wrong_in_the_prefix_cache() -> None:
     rig.runner.fails = lambda plan: False
     again = rig.submit(prompt)
     run_until_idle(rig)
-    assert rig.tokens(again) == generate_alone(version_of("fr"), prompt, SHORT)[0]
+    assert rig.tokens(again) == generate_alone(((version_of("fr"), None),), prompt, SHORT)[0]
     assert rig.events[again][0].cached_tokens == BLOCK
     rig.assert_everything_ended_once()
 
