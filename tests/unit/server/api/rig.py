@@ -49,7 +49,7 @@ class CountingRunner:
         self.versions: set[AdapterVersion | None] = set()
 
     def run(self, plan: Plan) -> Sequence[SpanResult]:
-        self.versions |= {span.version for span in plan.spans}
+        self.versions |= {next((one.lease.version for one in span.applied), None) for span in plan.spans}
         if self.failing_steps:
             self.failing_steps -= 1
             raise RuntimeError("/srv/secret failed")
