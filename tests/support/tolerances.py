@@ -68,6 +68,7 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("sign", torch.float32): Tolerance(1e-5, 1e-5, "float32 sums of 1536 terms ±x, in another order"),
     ("sign", torch.bfloat16): Tolerance(2 * 2**-8, 1e-5, _SIGN_REASON),
     ("sign", torch.float16): Tolerance(2 * 2**-11, 1e-5, _SIGN_REASON),
+    ("merged", torch.float32): Tolerance(1e-5, 1e-5, "products of rank 4 of means of three values, in another order"),
     ("logits", torch.float32): Tolerance(0, 1e-4, "the contract with PEFT: max |Δlogit| of a float32 model"),
     ("logits of a converted ViT", torch.float32): Tolerance(0, 1e-5, "two float32 layers of width 24, logits below 4"),
     ("logits on CUDA", torch.float32): Tolerance(0, 1e-3, "TF32 is off, but sums run in another order"),
