@@ -133,25 +133,6 @@ class GateSpec:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GateSpec:
-    """What makes an adapter's rank rows count differently for each request: ``g = ω[groups]``.
-
-    Attributes:
-        kind: what computes ω: "router" (iLoRA) or "pool" (AMT).
-        size: G, the factors ω that a request has.
-        groups: target → [R] int64 below G: the factor that multiplies each rank row of the target's LowRank.
-        tensors: name → float32, what the factors are computed from.
-        facts: plain JSON data beside them.
-    """
-
-    kind: str
-    size: int
-    groups: Mapping[str, torch.Tensor]
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Lowered:
     """An adapter after lowering: everything the server needs to know of it.
 

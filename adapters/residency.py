@@ -81,6 +81,7 @@ class Residency:
         self._overlays: dict[Slot, dict[str, torch.Tensor]] = {}
         self._touched: dict[Slot, frozenset[str]] = {}
         self._vocabulary: dict[Slot, int | None] = {}
+        self._groups: dict[Slot, Int32] = {}
         self.epoch = 0
         """Changes whenever a slot gains or loses its addresses: what was built in the same epoch is still right."""
 
@@ -111,6 +112,10 @@ class Residency:
         """One past the largest token id that the adapter serves; None where that is the base's."""
         return self._vocabulary[slot]
 
+    def groups(self, slot: Slot) -> Int32:
+        """[C, R] which factor of a gate multiplies each rank row of each target; R is the adapter's largest rank."""
+        return self._groups[slot]
+
     def place(self, lowered: Lowered) -> Slot:
         """Copy the adapter's operands into the arena.
 
@@ -134,6 +139,7 @@ class Residency:
             self._ranges[slot], self._overlays[slot] = ranges, overlays
             self._vocabulary[slot] = lowered.vocabulary
             self._touched[slot] = frozenset([*lowered.effects, *(path.rpartition(".")[0] for path in overlays)])
+            self._groups[slot] = self._grouped(lowered)
             if slot >= self._tables.shape[2]:
                 grown = np.zeros((*self._tables.shape[:2], max(8, 2 * self._tables.shape[2])), dtype=np.int32)
                 grown[:, :, : self._tables.shape[2]] = self._tables
@@ -145,7 +151,7 @@ class Residency:
     def release(self, slot: Slot) -> None:
         """Free the slot; the caller guarantees that no step uses it."""
         with self._lock:
-            del self._overlays[slot], self._touched[slot], self._vocabulary[slot]
+            del self._overlays[slot], self._touched[slot], self._vocabulary[slot], self._groups[slot]
             for start in self._ranges.pop(slot):
                 self.arena.allocator.free(start)
             self._vacant.append(slot)
@@ -182,6 +188,15 @@ class Residency:
                 self.arena.allocator.free(taken)
             raise
         return ranges, column, overlays
+
+    def _grouped(self, lowered: Lowered) -> Int32:
+        """All zero where the adapter has no gate of its own: its one factor is a weight."""
+        ranks = [effects.low_rank.rank for effects in lowered.effects.values() if effects.low_rank]
+        groups = np.zeros((len(self._targets), max(ranks, default=0)), dtype=np.int32)
+        if lowered.gate is not None:
+            for name, group_R in lowered.gate.groups.items():
+                groups[self._targets[name].index, : len(group_R)] = group_R
+        return groups
 
     def _beside(self, values: torch.Tensor) -> torch.Tensor:
         try:

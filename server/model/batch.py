@@ -17,22 +17,28 @@ from motet.adapters.residency import Addresses, Int32, Residency
 from motet.adapters.version import Slot
 from motet.kernels.dispatch import Backend, low_rank_plan, sign_plan, sparse_plan
 from motet.kernels.epilogue import RowVectorPlan, RowVectors
-from motet.kernels.ops import SignPlan, SparsePlan
+from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan
 from motet.kernels.segments import Segments, TargetShape
 from motet.kernels.sign import SignSegments
 from motet.kernels.sparse import SparseSegments
 from motet.server.engine.types import Span
 from motet.server.model.embedding import EmbeddedRun
+from motet.server.model.gating import rank_row_factors
 from motet.server.model.inject import AddedTokens, StepEffects
 from motet.server.model.overlay import OverlayPlan
 
 
 class Run(NamedTuple):
-    """Rows start to stop, all of one slot."""
+    """Rows start to stop, all of one slot and gate."""
 
     slot: Slot
+    gate: tuple[float, ...] | None
     start: int
     stop: int
+
+
+Layers = list[list[Run]]
+"""Runs of the first adapter of each span, then of the second where some have one, and so on: their changes add up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,10 +59,11 @@ class StepChanges:
 
 
 class EffectsBuilder:
-    """Builds a step's effects from the spans' slots.
+    """Builds a step's effects from the spans' slots and gates.
 
-    Note: the previous step's effects are reused while the same slots stand at the same rows, as they do for most decode
-    steps, and no slot was filled or freed in between.
+    Note: the previous step's effects are reused while the same slots and gates stand at the same rows, as they do for
+    most decode steps, and no slot was filled or freed in between. A span's second and further adapters are low-rank
+    pairs alone.
     """
 
     def __init__(
@@ -72,33 +79,34 @@ class EffectsBuilder:
         self._backend = backend
         self._embedding, self._head = embedding, head
         self._of_kind = {kind: [target for target in targets if target.kind is kind] for kind in Kind}
-        self._latest: tuple[tuple[list[Run], int, int], StepChanges] | None = None
-        self._latest_head: tuple[tuple[list[Run], int, int], StepEffects] | None = None
+        self._latest: tuple[tuple[Layers, int, int], StepChanges] | None = None
+        self._latest_head: tuple[tuple[Layers, int, int], StepEffects] | None = None
 
     def build(self, spans: Sequence[Span]) -> StepChanges:
         """Effects for the rows of these spans."""
-        runs, rows = _runs([(span, len(span.tokens)) for span in spans])
-        if not runs:
+        layers, rows = _layers([(span, len(span.tokens)) for span in spans])
+        if not layers:
             return StepChanges()
-        key = (runs, rows, self._residency.epoch)
+        key = (layers, rows, self._residency.epoch)
         if self._latest is None or self._latest[0] != key:
-            body, embedding = self._build(Kind.LINEAR, runs, rows), self._embedded(runs)
-            self._latest = (key, StepChanges(body, embedding, None, self._wider(runs)))
+            body = self._build(Kind.LINEAR, layers, rows)
+            embedded = [one for runs in layers for one in self._embedded(runs)]
+            self._latest = (key, StepChanges(body, embedded, None, self._wider(layers[0])))
         changes = self._latest[1]
-        if not any(self._head in self._residency.touched(run.slot) for run in runs):
+        if not any(self._head in self._residency.touched(run.slot) for runs in layers for run in runs):
             return changes
         return replace(changes, head=self._build_head(spans))
 
     def _build_head(self, spans: Sequence[Span]) -> StepEffects | None:
-        runs, rows = _runs([(span, logit_rows(span)) for span in spans])
-        runs = [run for run in runs if self._head in self._residency.touched(run.slot)]
-        if not runs:
+        layers, rows = _layers([(span, logit_rows(span)) for span in spans])
+        layers = [[run for run in runs if self._head in self._residency.touched(run.slot)] for runs in layers]
+        if not any(layers):
             return None
-        key = (runs, rows, self._residency.epoch)
+        key = (layers, rows, self._residency.epoch)
         if self._latest_head is None or self._latest_head[0] != key:
-            head = self._build(Kind.HEAD, runs, rows)
-            wider = self._wider(runs)
-            added = [self._added(run, wider[run.slot]) for run in runs if run.slot in wider]
+            head = self._build(Kind.HEAD, layers, rows)
+            wider = self._wider(layers[0])
+            added = [self._added(run, wider[run.slot]) for run in layers[0] if run.slot in wider]
             self._latest_head = (key, replace(head, added=added))
         return self._latest_head[1]
 
@@ -124,12 +132,12 @@ class EffectsBuilder:
         return [self._embedded_run(run) for run in runs if self._embedding in self._residency.touched(run.slot)]
 
     def _embedded_run(self, run: Run) -> EmbeddedRun:
-        slot = run.slot
-        weight_VD = self._residency.overlays(slot).get(f"{self._embedding}.weight")
+        weight_VD = self._residency.overlays(run.slot).get(f"{self._embedding}.weight")
         if not self._of_kind[Kind.EMBEDDING]:
-            return EmbeddedRun(run.start, run.stop, weight_VD, None, None, None, adds_tokens=False)
+            return EmbeddedRun(run.start, run.stop, weight_VD)
         (target,) = self._of_kind[Kind.EMBEDDING]
-        at, arena = self._residency.addresses([slot]).of(slice(target.index, target.index + 1)), self._residency.arena
+        arena = self._residency.arena
+        at = self._residency.addresses([run.slot]).of(slice(target.index, target.index + 1))
         rank, tokens, has_scale = (int(one[0, 0]) for one in (at.rank, at.columns, at.has_scale))
         width, vocabulary = target.out_width, target.in_width
 
@@ -137,38 +145,52 @@ class EffectsBuilder:
             return arena.view(int(first[0, 0]), torch.Size(shape))
 
         index = arena.index(int(at.columns_index[0, 0]), tokens)
+        factors_CSR = rank_row_factors([self._residency.groups(run.slot)[[target.index], :rank]], [run.gate])
         return EmbeddedRun(
-            run.start,
-            run.stop,
-            weight_VD,
+            start=run.start,
+            stop=run.stop,
+            weight_VD=weight_VD,
             low_rank=(view(at.a_first, rank, vocabulary), view(at.b_first, rank, width)) if rank else None,
+            gate_R=None if factors_CSR is None else torch.from_numpy(factors_CSR[0, 0]).to(arena.units_NU.device),
             tokens=(index, view(at.columns_first, tokens, width)) if tokens else None,
             scale_D=view(at.scale_first, width) if has_scale else None,
-            adds_tokens=(self._residency.vocabulary(slot) or 0) > vocabulary,
+            adds_tokens=(self._residency.vocabulary(run.slot) or 0) > vocabulary,
         )
 
-    def _build(self, kind: Kind, runs: list[Run], rows: int) -> StepEffects:
-        targets = self._of_kind[kind]
+    def _build(self, kind: Kind, layers: Layers, rows: int) -> StepEffects:
+        targets, runs = self._of_kind[kind], layers[0]
         if not targets:
-            return StepEffects(None, None, self._overlays(runs), None, None)
+            return StepEffects((), None, self._overlays(runs), None, None)
         shapes = [TargetShape(target.in_width, target.out_width) for target in targets]
-        first = targets[0].index
-        addresses = self._residency.addresses([run.slot for run in runs]).of(slice(first, first + len(targets)))
+        span = slice(targets[0].index, targets[0].index + len(targets))
+        addresses = self._residency.addresses([run.slot for run in runs]).of(span)
         arena_NU = self._residency.arena.units_NU
         row_start = np.array([run.start for run in runs], dtype=np.int32)
         row_stop = np.array([run.stop for run in runs], dtype=np.int32)
-        segments = Segments(row_start, row_stop, addresses.a_first, addresses.b_first, addresses.rank)
         out_widths = [shape.out_width for shape in shapes]
         scales = RowVectors(row_start, row_stop, addresses.scale_first, addresses.has_scale != 0)
         biases = RowVectors(row_start, row_stop, addresses.bias_first, addresses.has_bias != 0)
         return StepEffects(
-            low_rank=low_rank_plan(self._backend, arena_NU, shapes, segments, rows),
+            low_rank=tuple(self._low_rank(one, shapes, span, rows) for one in layers),
             sparse=self._sparse(addresses, shapes, row_start, row_stop, rows),
             overlays=self._overlays(runs),
             scales=RowVectorPlan(arena_NU, out_widths, scales, rows),
             biases=RowVectorPlan(arena_NU, out_widths, biases, rows),
             signs=self._signs(addresses, shapes, row_start, row_stop, rows),
         )
+
+    def _low_rank(self, runs: list[Run], shapes: list[TargetShape], span: slice, rows: int) -> LowRankPlan:
+        addresses = self._residency.addresses([run.slot for run in runs]).of(span)
+        groups = [self._residency.groups(run.slot)[span] for run in runs]
+        segments = Segments(
+            np.array([run.start for run in runs], dtype=np.int32),
+            np.array([run.stop for run in runs], dtype=np.int32),
+            addresses.a_first,
+            addresses.b_first,
+            addresses.rank,
+            rank_row_factors(groups, [run.gate for run in runs]),
+        )
+        return low_rank_plan(self._backend, self._residency.arena.units_NU, shapes, segments, rows)
 
     def _overlays(self, runs: list[Run]) -> OverlayPlan | None:
         found = [(run.start, run.stop, self._residency.overlays(run.slot)) for run in runs]
@@ -200,24 +222,23 @@ def logit_rows(span: Span) -> int:
     return len(span.prompt_targets) + span.draw
 
 
-def _runs(spans: Sequence[tuple[Span, int]]) -> tuple[list[Run], int]:
-    """Runs of neighbouring spans with one adapter, and the number of all rows.
+def _layers(spans: Sequence[tuple[Span, int]]) -> tuple[Layers, int]:
+    """Runs of neighbouring spans with one adapter and gate, and the number of all rows.
 
     Args:
         spans: each with how many rows it has.
     """
-    runs: list[Run] = []
+    layers: Layers = [[] for _ in range(max((len(span.applied) for span, _ in spans), default=0))]
     row = 0
     for span, rows in spans:
         stop = row + rows
-        if span.applied and rows:
-            slot = span.applied[0].lease.slot
-            if runs and runs[-1].slot == slot and runs[-1].stop == row:
-                runs[-1] = Run(slot, runs[-1].start, stop)
+        for runs, one in zip(layers, span.applied if rows else (), strict=False):
+            if runs and runs[-1][:2] == (one.lease.slot, one.gate) and runs[-1].stop == row:
+                runs[-1] = runs[-1]._replace(stop=stop)
             else:
-                runs.append(Run(slot, row, stop))
+                runs.append(Run(one.lease.slot, one.gate, row, stop))
         row = stop
-    return runs, row
+    return layers, row
 
 
 def token_tensors(spans: Sequence[Span], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ class EmbeddedRun:
     Attributes:
         weight_VD: replaces the base's.
         low_rank: A [R, V] and B^T [R, D].
+        gate_R: float32, the factor of each rank row.
         tokens: changed tokens [S] int32, ascending, and V^T [S, D].
         scale_D: d.
         adds_tokens: whether ids beyond the base's vocabulary may stand there; the base has zeros for them.
@@ -34,11 +35,12 @@ class EmbeddedRun:
 
     start: int
     stop: int
-    weight_VD: torch.Tensor | None
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None
-    tokens: tuple[torch.Tensor, torch.Tensor] | None
-    scale_D: torch.Tensor | None
-    adds_tokens: bool
+    weight_VD: torch.Tensor | None = None
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+    gate_R: torch.Tensor | None = None
+    tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+    scale_D: torch.Tensor | None = None
+    adds_tokens: bool = False
 
 
 def is_served(module: nn.Module) -> bool:
@@ -93,7 +95,10 @@ class AdaptedEmbedding:
             found_TD.copy_(self._look_up(module, run.weight_VD, tokens_T))
         if run.low_rank is not None:
             a_RV, b_RD = run.low_rank
-            change_TD = a_RV.index_select(1, tokens_T.clamp(max=self._vocabulary - 1)).T @ b_RD * self._own_scale
+            looked_up_TR = a_RV.index_select(1, tokens_T.clamp(max=self._vocabulary - 1)).T
+            if run.gate_R is not None:
+                looked_up_TR = (looked_up_TR * run.gate_R).to(b_RD.dtype)
+            change_TD = looked_up_TR @ b_RD * self._own_scale
             found_TD += change_TD if is_added_T1 is None else change_TD.masked_fill_(is_added_T1, 0)
         if run.tokens is not None:
             changed_S, v_SD = run.tokens

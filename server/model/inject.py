@@ -36,7 +36,7 @@ class StepEffects:
     None where no adapter does such, or none can: an output head that is no target can only be replaced.
     """
 
-    low_rank: LowRankPlan | None
+    low_rank: Sequence[LowRankPlan]
     sparse: SparsePlan | None
     overlays: OverlayPlan | None
     scales: RowVectorPlan | None
@@ -85,8 +85,8 @@ class AdaptedLinear(nn.Module):
         y_TO = F.linear(x_TI, self.weight, self.bias if scales is None else None)
         if effects.overlays is not None:
             effects.overlays.linear_(self._path, y_TO, x_TI, self.bias if scales is None else None)
-        if effects.low_rank is not None:
-            effects.low_rank.add_(self._target, y_TO, x_TI)
+        for plan in effects.low_rank:
+            plan.add_(self._target, y_TO, x_TI)
         if effects.sparse is not None and effects.sparse.touches(self._target):
             effects.sparse.add_(self._target, y_TO, x_TI)
         if effects.signs is not None and effects.signs.touches(self._target):
