@@ -63,6 +63,8 @@ class AdaptedEmbedding:
         self._installed = self._inside = False
         self.runs: Sequence[EmbeddedRun] = ()
         """What the step that runs does."""
+        self.given: Sequence[tuple[int, torch.Tensor]] = ()
+        """Rows of the step that runs with the vector [D] that stands in the place of their token's, as it is."""
 
     def install(self) -> None:
         """Put the hook in, once."""
@@ -86,6 +88,8 @@ class AdaptedEmbedding:
         tokens_T, found_TD = tokens.reshape(-1), output.view(-1, output.shape[-1])
         for run in self.runs:
             self._change_(module, run, tokens_T[run.start : run.stop], found_TD[run.start : run.stop])
+        for row, values_D in self.given:
+            found_TD[row].copy_(values_D)
 
     def _change_(self, module: nn.Module, run: EmbeddedRun, tokens_T: torch.Tensor, found_TD: torch.Tensor) -> None:
         is_added_T1 = (tokens_T >= self._vocabulary)[:, None] if run.adds_tokens else None

@@ -22,6 +22,7 @@ from motet.server.model.attention import KvCache, LayerShape, PagedAttention
 from motet.server.model.base import base_model, targets_of
 from motet.server.model.embedding import AdaptedEmbedding, is_served
 from motet.server.model.errors import ModelNotFoundError, UnsupportedModelError
+from motet.server.model.feature import HeadInput
 from motet.server.model.fingerprint import fingerprint
 from motet.server.model.inject import ActiveStep, inject
 from motet.server.model.overlay import OverlaidModules, RowDims
@@ -53,6 +54,7 @@ class LoadedModel:
     step: ActiveStep
     head_step: ActiveStep
     embedding: AdaptedEmbedding
+    head_input: HeadInput
     embedding_path: str
     head_path: str
     overlaid: OverlaidModules
@@ -154,6 +156,7 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
             step=step,
             head_step=head_step,
             embedding=AdaptedEmbedding(embedding, embedding.num_embeddings),
+            head_input=HeadInput(model.get_output_embeddings()),
             embedding_path=embedding_path,
             head_path=head_path,
             overlaid=OverlaidModules(unchanged, step, dims),

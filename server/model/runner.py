@@ -41,17 +41,24 @@ class ModelRunner:
         needed, drawing = _logit_rows(spans)
         loaded.attention.batch = AttentionBatch(spans, self._cache, loaded.device)
         changes = self._effects.build(spans)
-        self._take(changes)
+        self._take(changes, _given(spans))
+        loaded.head_input.listen(any(span.feature for span in spans))
         try:
             tokens_1T, positions_1T = token_tensors(spans, loaded.device)
             rows_n = torch.tensor(needed, dtype=torch.int64, device=loaded.device)
             logits_nV = loaded.forward(tokens_1T, positions_1T, rows_n)
         finally:
             loaded.attention.batch = None
-            self._take(StepChanges())
+            self._take(StepChanges(), [])
         if changes.vocabularies:
-            return self._results_by_vocabulary(spans, logits_nV.float(), changes.vocabularies)
-        return self._results(spans, logits_nV.float(), drawing)
+            results = self._results_by_vocabulary(spans, logits_nV.float(), changes.vocabularies)
+        else:
+            results = self._results(spans, logits_nV.float(), drawing)
+        row = dict(zip((span.generation for span in spans if span.draw), drawing, strict=True))
+        return [
+            replace(result, feature=loaded.head_input.row(row[span.generation])) if span.feature else result
+            for span, result in zip(spans, results, strict=True)
+        ]
 
     def _results_by_vocabulary(
         self, spans: Sequence[Span], logits_nN: torch.Tensor, vocabularies: Mapping[Slot, int]
@@ -64,7 +71,7 @@ class ModelRunner:
         stop_of = list(itertools.accumulate(logit_rows(span) for span in spans))
         groups: dict[int, list[int]] = {}
         for index, span in enumerate(spans):
-            size = vocabularies.get(span.lease.slot) if span.lease is not None else None
+            size = vocabularies.get(span.applied[0].lease.slot) if span.applied else None
             groups.setdefault(size or self._loaded.vocabulary, []).append(index)
         results: dict[int, SpanResult] = {}
         for vocabulary, indices in groups.items():
@@ -75,12 +82,12 @@ class ModelRunner:
             results |= zip(indices, self._results(of_group, logits_nV, _logit_rows(of_group)[1]), strict=True)
         return [results[index] for index in range(len(spans))]
 
-    def _take(self, changes: StepChanges) -> None:
+    def _take(self, changes: StepChanges, given: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Put a step's changes where the modules find them."""
         loaded = self._loaded
         loaded.step.effects, loaded.head_step.effects = changes.body, changes.head
-        loaded.embedding.runs = changes.embedding
-        if changes.embedding:
+        loaded.embedding.runs, loaded.embedding.given = changes.embedding, given
+        if changes.embedding or given:
             loaded.embedding.install()
         if loaded.step.overlays is not None:
             loaded.overlaid.install()
@@ -110,7 +117,10 @@ class ModelRunner:
         chosen = {span.generation: token for span, token in zip(draws, tokens, strict=True)}
         return [
             SpanResult(
-                chosen.get(s.generation), reports.get(s.generation), prompts[s.generation], broken.get(s.generation)
+                chosen.get(s.generation),
+                reports.get(s.generation),
+                prompts[s.generation],
+                broken.get(s.generation),
             )
             for s in spans
         ]
@@ -158,6 +168,16 @@ def _broken(spans: Sequence[Span], logits_nV: torch.Tensor) -> dict[GenerationId
             broken[span.generation] = f"{model} computed NaN or infinity for this prompt; its weights overflow"
         row = stop
     return broken
+
+
+def _given(spans: Sequence[Span]) -> list[tuple[int, torch.Tensor]]:
+    """Row of the batch and the vector that stands there instead of a token's."""
+    found: list[tuple[int, torch.Tensor]] = []
+    first = 0
+    for span in spans:
+        found += [(first + row, one.values) for row, one in span.given.items()]
+        first += len(span.tokens)
+    return found
 
 
 def _logit_rows(spans: Sequence[Span]) -> tuple[list[int], list[int]]:

@@ -5,7 +5,7 @@ Records the logits of every drawn token, which the server itself never keeps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,17 @@ from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
-from motet.server.engine.types import Applied, GenerationId, Sampling, Span, SpanResult, TokenEvent
+from motet.server.engine.types import Applied, GenerationId, GivenInput, Sampling, Span, SpanResult, TokenEvent
 from motet.server.model.batch import EffectsBuilder
 from motet.server.model.loader import LoadedModel, prepare
 from motet.server.model.runner import ModelRunner
 from motet.server.serve import new_registry
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
+Part = tuple[str, tuple[float, ...] | None]
+"""An adapter and its gate."""
+Using = str | None | Sequence[Part]
+"""An adapter, the base, or several adapters."""
 
 
 @dataclass
@@ -84,18 +88,20 @@ class Harness:
 
     def run(
         self,
-        requests: Sequence[tuple[Sequence[int], str | None]],
+        requests: Sequence[tuple[Sequence[int], Using]],
         sampling: Sampling = GREEDY,
         samplings: Sequence[Sampling] | None = None,
+        given: Sequence[Mapping[int, GivenInput]] | None = None,
     ) -> list[Generated]:
-        """Generate for (prompt, adapter) pairs, all submitted at once; results in their order."""
+        """Generate for prompts and what they use, all submitted at once; results in their order."""
         generations = []
         for i, (prompt, adapter) in enumerate(requests):
             generation = GenerationId(self._next)
             self._next += 1
             self._results[generation] = Generated()
-            applied = (Applied(self.registry.acquire(adapter)),) if adapter else ()
-            self.engine.submit(generation, prompt, samplings[i] if samplings else sampling, applied)
+            applied = [Applied(self.registry.acquire(name), gate) for name, gate in _parts(adapter)]
+            chosen = samplings[i] if samplings else sampling
+            self.engine.submit(generation, prompt, chosen, applied, given[i] if given else None)
             generations.append(generation)
         while not all(self._finished(generation) for generation in generations):
             self.engine.step()
@@ -103,7 +109,7 @@ class Harness:
             self._results[generation].logits = self.runner.recorded.get(generation, [])
         return [self._results[generation] for generation in generations]
 
-    def logits(self, requests: Sequence[tuple[Sequence[int], str | None]]) -> torch.Tensor:
+    def logits(self, requests: Sequence[tuple[Sequence[int], Using]]) -> torch.Tensor:
         """Logits after each prompt, computed together, [requests, V]."""
         return torch.stack([made.logits[0] for made in self.run(requests, replace(GREEDY, max_tokens=1))])
 
@@ -121,6 +127,12 @@ class Harness:
     def _end_lease(self, lease: Any) -> None:
         assert isinstance(lease, Lease)
         self.registry.release(lease)
+
+
+def _parts(using: Using) -> Sequence[Part]:
+    if using is None:
+        return ()
+    return ((using, None),) if isinstance(using, str) else using
 
 
 class _NoTokenizer:
