@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens under one adapter, computed like any request's; and the golden checks made of them.
+"""Log-probabilities of given tokens, and features of prompts, computed like any request's; and the golden checks.
 
 Must not know: HTTP, text. The engine is asked for one token that nobody looks at; the prompt's own log-probabilities
 come with it.
@@ -7,7 +7,10 @@ come with it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from motet.adapters.errors import GoldenError
 from motet.adapters.golden import GOLDEN_FILE, Golden, compare
@@ -15,13 +18,28 @@ from motet.adapters.registry import Check, Lease
 from motet.server.api.service import BaseInfo
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
-from motet.server.engine.types import Applied, FinishReason, GenerationId, Sampling
+from motet.server.engine.types import Applied, FinishReason, Sampling, TokenEvent
 
 SAMPLING = Sampling(max_tokens=1, temperature=0, prompt_logprobs=0)
+FEATURE = Sampling(max_tokens=1, temperature=0, feature=True)
 
 
 class ScoringError(Exception):
     """The prompts cannot be computed; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and what it is computed with.
+
+    Attributes:
+        applied: gives adapters with leases of their own; the engine ends them.
+        vocabulary: of the adapter, where it is not the base's.
+    """
+
+    prompt: Sequence[int]
+    applied: Callable[[], Sequence[Applied]]
+    vocabulary: int | None = None
 
 
 class Scorer:
@@ -47,23 +65,45 @@ class Scorer:
         Raises:
             ScoringError: a prompt does not fit the base model, or its step failed.
         """
-        for index, prompt in enumerate(prompts):
-            self._require_possible(index, prompt, vocabulary or self._base.vocabulary)
-        stream = self._streams.open(len(prompts))
-        found: dict[GenerationId, list[float]] = {generation: [] for generation in stream.generations}
+
+        def applied() -> Sequence[Applied]:
+            held = lease()
+            return () if held is None else (Applied(held),)
+
+        found: list[list[float]] = [[] for _ in prompts]
+        async for index, event in self._events([Question(prompt, applied, vocabulary) for prompt in prompts], SAMPLING):
+            found[index] += [position.logprob for position in event.prompt_logprobs]
+        return found
+
+    async def features(self, questions: Sequence[Question]) -> torch.Tensor:
+        """[N, D] float32: what the output head reads at the last token of each prompt.
+
+        Raises:
+            ScoringError: a prompt does not fit the base model, or its step failed.
+        """
+        found: dict[int, torch.Tensor] = {}
+        async for index, event in self._events(questions, FEATURE):
+            if event.feature is not None:
+                found[index] = event.feature
+        return torch.stack([found[index] for index in range(len(questions))])
+
+    async def _events(self, questions: Sequence[Question], sampling: Sampling) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Number of the question and what the engine says of it; all are submitted at once."""
+        for index, question in enumerate(questions):
+            self._require_possible(index, question.prompt, question.vocabulary or self._base.vocabulary)
+        stream = self._streams.open(len(questions))
+        number = {generation: index for index, generation in enumerate(stream.generations)}
         try:
-            for generation, prompt in zip(stream.generations, prompts, strict=True):
-                held = lease()
-                self._engine.submit(generation, prompt, SAMPLING, (Applied(held),) if held else ())
+            for generation, question in zip(stream.generations, questions, strict=True):
+                self._engine.submit(generation, question.prompt, sampling, question.applied())
             async for event in stream:
                 if event.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
                     raise ScoringError(event.error or "the server is stopping; try again when it runs")
-                found[event.generation] += [position.logprob for position in event.prompt_logprobs]
+                yield number[event.generation], event
         finally:
             for generation in stream.unfinished:
                 self._engine.cancel(generation)
             self._streams.close(stream)
-        return [found[generation] for generation in stream.generations]
 
     def _require_possible(self, index: int, prompt: Sequence[int], vocabulary: int) -> None:
         if not self._engine.alive:
