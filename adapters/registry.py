@@ -26,6 +26,7 @@ from motet.adapters.errors import (
     InvalidNameError,
     SourceChangedError,
 )
+from motet.adapters.gates.build import Gate, build
 from motet.adapters.golden import Golden
 from motet.adapters.lowering import Lowering, lower
 from motet.adapters.receipt import Receipt, receipt
@@ -45,6 +46,7 @@ class _Entry:
     folder: Path
     declared: Declared
     own: OwnTokenizer | None = None
+    gate: Gate | None = None
     published_s: float = 0.0
     leases: int = 0
     retired: bool = False
@@ -77,6 +79,11 @@ class Lease:
     def own(self) -> OwnTokenizer | None:
         """The version's own tokenizer; None where it has the base's."""
         return self._entry.own
+
+    @property
+    def gate(self) -> Gate | None:
+        """What a request with this version must find factors by; None where rank rows have none."""
+        return self._entry.gate
 
 
 Check = Callable[[Golden, Callable[[], Lease]], None]
@@ -145,8 +152,9 @@ class Registry:
             exact = _Entry(AdapterVersion(name, lowering.exact.digest), slot, facts, folder, declared)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
+        gate = None if lowering.lowered.gate is None else build(lowering.lowered.gate)
         slot = self._place(lowering)
-        entry = _Entry(AdapterVersion(name, lowering.digest), slot, facts, folder, declared, lowering.own)
+        entry = _Entry(AdapterVersion(name, lowering.digest), slot, facts, folder, declared, lowering.own, gate)
         try:
             if self._check is not None and vouched is not None:
                 self._check(vouched, lambda: self._lease(entry))
