@@ -241,7 +241,7 @@ def _check(config: Mapping[str, Any], pairs: Mapping[str, torch.Tensor], gate: M
         if tensor.dim() != 2 or tensor.shape[0 if ".lora_A." in name else 1] != config["r"]:
             raise ConfigError(f"tensor {name!r} has shape {list(tensor.shape)}; lora_r={config['r']} does not fit it")
     last = gate.get("projector.mlp_proj.2.bias")
-    facts = {"items": config["items"], "history_length": config["history_length"]}
+    facts = {name: config[name] for name in ("items", "history_length", "placeholders")}
     InstanceGate(GateSpec(KIND, experts, {}, gate, {**facts, "width": 0 if last is None else len(last)}))
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Literal
 
 import torch
@@ -33,22 +34,17 @@ LARGEST_WEIGHT = 8.0
 MOST_PARTS = 16
 
 
-def require_low_rank(names: Sequence[str], parts: Sequence[Lowered]) -> None:
-    """Require that a weighted sum of the parts means something: it does for low-rank changes alone.
-
-    Raises:
-        GateError: a part does something else as well.
-    """
-    for name, part in zip(names, parts, strict=True):
-        if part.gate is not None:
-            raise GateError("adapters", f"adapter {name!r} needs a gate of its own; it cannot be part of a mixture")
-        if part.overlays or any(
-            effects.scale or effects.bias or effects.columns or effects.rows for effects in part.effects.values()
-        ):
-            raise GateError(
-                "adapters",
-                f"adapter {name!r} ({part.method}) is more than low-rank pairs; only those can be mixed: leave it out",
-            )
+def obstacle(lowered: Lowered) -> str | None:
+    """Why an adapter cannot be part of a mixture; None where it can: a weighted sum means something for pairs alone."""
+    if lowered.gate is not None:
+        return "it needs a gate of its own"
+    if lowered.overlays or any(
+        one.name != "low_rank" and getattr(effects, one.name) is not None
+        for effects in lowered.effects.values()
+        for one in fields(effects)
+    ):
+        return "it is more than low-rank pairs"
+    return None
 
 
 def require_weights(weights: Sequence[float]) -> None:
@@ -73,7 +69,7 @@ def merged(
     """One adapter of the parts' rank.
 
     Args:
-        parts: of low-rank pairs only; see `require_low_rank`.
+        parts: of low-rank pairs only; see `obstacle`.
         density: share of values that is kept, above 0 and at most 1.
         seed: of DARE's choice.
 

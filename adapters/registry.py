@@ -11,45 +11,43 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from motet.adapters import golden
 from motet.adapters.approximate import offer
 from motet.adapters.base import BaseModel
 from motet.adapters.cache import LoweredCache
+from motet.adapters.derived import Derived
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     ArenaFullError,
+    GoldenError,
     InvalidNameError,
     SourceChangedError,
 )
-from motet.adapters.gates.build import Gate, build
+from motet.adapters.gates.build import build
 from motet.adapters.golden import Golden
+from motet.adapters.lease import Lease, Leases, Resident
 from motet.adapters.lowering import Lowering, lower
+from motet.adapters.mixture import obstacle
 from motet.adapters.receipt import Receipt, receipt
 from motet.adapters.residency import Residency
 from motet.adapters.spec import NOTHING_DECLARED, Declared
-from motet.adapters.tokens import OwnTokenizer
-from motet.adapters.version import AdapterVersion, Slot
+from motet.adapters.version import AdapterVersion
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Entry:
-    version: AdapterVersion
-    slot: Slot
+    resident: Resident
     receipt: Receipt
     folder: Path
     declared: Declared
-    own: OwnTokenizer | None = None
-    gate: Gate | None = None
-    published_s: float = 0.0
-    leases: int = 0
-    retired: bool = False
+    published_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +63,6 @@ class AdapterInfo:
     receipt: Receipt
     published_s: float
     leases: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lease:
-    """The right to compute with one version until it is released."""
-
-    version: AdapterVersion
-    slot: Slot
-    _entry: _Entry = field(repr=False)
-
-    @property
-    def own(self) -> OwnTokenizer | None:
-        """The version's own tokenizer; None where it has the base's."""
-        return self._entry.own
-
-    @property
-    def gate(self) -> Gate | None:
-        """What a request with this version must find factors by; None where rank rows have none."""
-        return self._entry.gate
 
 
 Check = Callable[[Golden, Callable[[], Lease]], None]
@@ -124,6 +103,8 @@ class Registry:
         self._cache = cache
         self._check = check
         self._score = score
+        self.leases = Leases(residency)
+        self.derived = Derived(residency, self.leases)
         self._lock = threading.Lock()
         self._published: dict[str, _Entry] = {}
 
@@ -149,27 +130,27 @@ class Registry:
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
             slot = self.residency.place_beside(lowering.exact.lowered)
-            exact = _Entry(AdapterVersion(name, lowering.exact.digest), slot, facts, folder, declared)
+            exact = Resident(AdapterVersion(name, lowering.exact.digest), slot)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
-        gate = None if lowering.lowered.gate is None else build(lowering.lowered.gate)
-        slot = self._place(lowering)
-        entry = _Entry(AdapterVersion(name, lowering.digest), slot, facts, folder, declared, lowering.own, gate)
+        resident = self._place(name, lowering)
         try:
             if self._check is not None and vouched is not None:
-                self._check(vouched, lambda: self._lease(entry))
+                if resident.gate is not None:
+                    raise GoldenError("golden.json says nothing of the gate that this adapter needs; remove the file")
+                self._check(vouched, lambda: self.leases.take(resident))
             if self._score is not None and exact_logprobs is not None:
-                entry.receipt = facts.measured(exact_logprobs, self._score(lambda: self._lease(entry)))
+                facts = facts.measured(exact_logprobs, self._score(lambda: self.leases.take(resident)))
             with self._lock:
                 self._check_name(name, replace)
                 old = self._published.get(name)
-                entry.published_s = time.time()
+                entry = _Entry(resident, facts, folder, declared, time.time())
                 self._published[name] = entry
         except BaseException:
-            self._retire(entry)  # a lease of the check may still be on its way back
+            self.leases.retire(resident)  # a lease of the check may still be on its way back
             raise
         if old is not None:
-            self._retire(old)
+            self.leases.retire(old.resident)
         return self._info(entry)
 
     def examine(self, folder: Path, declared: Declared = NOTHING_DECLARED) -> tuple[Lowered, Receipt]:
@@ -191,16 +172,29 @@ class Registry:
         """
         with self._lock:
             entry = self._entry(name)
-        cached = self._cache.get(self.base.fingerprint, entry.version.digest) if self._cache else None
+        version = entry.resident.version
+        cached = self._cache.get(self.base.fingerprint, version.digest) if self._cache else None
         if cached is not None:
-            return entry.version, cached
+            return version, cached
         found = lower(entry.folder, entry.declared, self.base, self._cache)
-        if found.digest != entry.version.digest:
+        if found.digest != version.digest:
             raise SourceChangedError(
-                f"adapter {name!r} is published with digest {entry.version.digest}, but its source has digest "
+                f"adapter {name!r} is published with digest {version.digest}, but its source has digest "
                 f"{found.digest} by now; load it again to serve what its source holds"
             )
-        return entry.version, found.lowered
+        return version, found.lowered
+
+    def lowered_version(self, version: AdapterVersion) -> Lowered:
+        """What a published version was lowered to.
+
+        Raises:
+            AdapterNotFoundError: its name means another version by now, or none.
+            AdapterError: the source holds something else by now, or can no longer be read.
+        """
+        found, lowered = self.lowered(version.name)
+        if found != version:
+            raise AdapterNotFoundError(f"adapter {version.name!r} was replaced meanwhile; ask again")
+        return lowered
 
     def unload(self, name: str) -> AdapterInfo:
         """Take the name away; the version is freed when its last lease ends.
@@ -211,7 +205,7 @@ class Registry:
         with self._lock:
             entry = self._entry(name)
             del self._published[name]
-        self._retire(entry)
+        self.leases.retire(entry.resident)
         return self._info(entry)
 
     def acquire(self, name: str) -> Lease:
@@ -221,23 +215,15 @@ class Registry:
             AdapterNotFoundError: the name is not published.
         """
         with self._lock:
-            entry = self._entry(name)
-            entry.leases += 1
-        return Lease(entry.version, entry.slot, entry)
+            return self.leases.take(self._entry(name).resident)
 
     def renew(self, lease: Lease) -> Lease:
         """Another lease on the same version, for another generation of the same request."""
-        return self._lease(lease._entry)
+        return self.leases.take(lease.resident)
 
     def release(self, lease: Lease) -> None:
         """End a lease; each lease ends exactly once."""
-        entry = lease._entry
-        with self._lock:
-            assert entry.leases > 0, f"lease on {entry.version.short} was released twice"
-            entry.leases -= 1
-            free = entry.retired and entry.leases == 0
-        if free:
-            self.residency.release(entry.slot)
+        self.leases.release(lease)
 
     def published(self) -> list[AdapterInfo]:
         """All published adapters, by name."""
@@ -254,27 +240,25 @@ class Registry:
         with self._lock:
             return self._info(self._entry(name))
 
-    def _place(self, lowering: Lowering) -> Slot:
+    def _place(self, name: str, lowering: Lowering) -> Resident:
+        lowered = lowering.lowered
+        gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
         try:
-            return self.residency.place(lowering.lowered)
+            slot = self.residency.place(lowered)
         except ArenaFullError as error:
             exact = lowering.exact or lowering
             raise ArenaFullError(f"{error}{offer(exact.lowered, self.base, self.residency.bytes_needed)}") from None
+        return Resident(AdapterVersion(name, lowering.digest), slot, lowering.own, gate, unmixable)
 
-    def _scored_exactly(self, entry: _Entry, vouched: Golden | None) -> Sequence[Sequence[float]]:
+    def _scored_exactly(self, exact: Resident, vouched: Golden | None) -> Sequence[Sequence[float]]:
         """What an unpublished exact form says of the fixed texts, for the last time; golden values are checked too."""
         assert self._score is not None
         try:
             if self._check is not None and vouched is not None:
-                self._check(vouched, lambda: self._lease(entry))
-            return self._score(lambda: self._lease(entry))
+                self._check(vouched, lambda: self.leases.take(exact))
+            return self._score(lambda: self.leases.take(exact))
         finally:
-            self._retire(entry)
-
-    def _lease(self, entry: _Entry) -> Lease:
-        with self._lock:
-            entry.leases += 1
-        return Lease(entry.version, entry.slot, entry)
+            self.leases.retire(exact)
 
     def _check_name(self, name: str, replace: bool) -> None:
         if not NAME_PATTERN.fullmatch(name):
@@ -289,13 +273,6 @@ class Registry:
                 f"adapter {name!r} is already loaded; unload it first, or ask for replacement (load_inplace)"
             )
 
-    def _retire(self, entry: _Entry) -> None:
-        with self._lock:
-            entry.retired = True
-            free = entry.leases == 0
-        if free:
-            self.residency.release(entry.slot)
-
     def _entry(self, name: str) -> _Entry:
         """The published entry of a name; the caller holds the lock."""
         entry = self._published.get(name)
@@ -305,4 +282,4 @@ class Registry:
 
     @staticmethod
     def _info(entry: _Entry) -> AdapterInfo:
-        return AdapterInfo(entry.version, entry.receipt, entry.published_s, entry.leases)
+        return AdapterInfo(entry.resident.version, entry.receipt, entry.published_s, entry.resident.leases)

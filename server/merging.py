@@ -24,7 +24,8 @@ import torch
 from motet.adapters.errors import AdapterNotFoundError, GateError
 from motet.adapters.gates import merge
 from motet.adapters.gates.pool import PoolGate
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.lease import Lease
+from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion
 from motet.server.api.scoring import Question, Scorer
 from motet.server.engine.types import Applied
@@ -120,7 +121,7 @@ class Merging:
         ask.check()
         lease = self.registry.acquire(pool)
         try:
-            if not isinstance(gate := lease.gate, PoolGate):
+            if not isinstance(gate := lease.resident.gate, PoolGate):
                 raise GateError("model", f"adapter {pool!r} is no pool; there is nothing to merge")
             name = f"{pool}{MARK}{_digest(lease.version, ask)}"
             if (known := self._found(name)) is None:
@@ -240,7 +241,7 @@ class Merging:
 
 
 def _augmented(prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
-    """Each prompt with a tenth of its tokens left out, at least one kept; a function of the seed and the prompt alone."""
+    """Each prompt without a tenth of its tokens, at least one kept; a function of the seed and the prompt alone."""
     views = []
     for prompt in prompts:
         chance = random.Random(f"{seed} {prompt}")

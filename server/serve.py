@@ -20,8 +20,9 @@ import uvicorn
 from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
 from motet.adapters.effects import Lowered
+from motet.adapters.lease import Lease
 from motet.adapters.receipt import Receipt
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.kernels.dispatch import default_backend

@@ -59,6 +59,7 @@ class InstanceGate:
         self.experts = spec.size
         self.items: int = spec.facts["items"]
         self.history_length: int = spec.facts["history_length"]
+        self.placeholders: Mapping[str, str] = spec.facts["placeholders"]
         self._sasrec = Sasrec(part(spec.tensors, "sasrec"), self.items, self.history_length)
         self._router = Router(part(spec.tensors, "router"), self.experts)
         projector = part(spec.tensors, "projector")

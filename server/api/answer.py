@@ -24,8 +24,9 @@ CLIENT_CLOSED = 499
 
 
 def headers(job: Job) -> dict[str, str]:
-    """Which adapter version answers."""
-    return {} if job.version is None else {"X-Motet-Adapter": f"{job.version.name}@{job.version.digest}"}
+    """Which adapter versions answer."""
+    versions = ", ".join(f"{version.name}@{version.digest}" for version in job.versions)
+    return {"X-Motet-Adapter": versions} if versions else {}
 
 
 async def answer_at_once(request: Request, job: Job, body: Callable[[], dict[str, Any]]) -> Response:

@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         wanted = Wanted(max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-        with service.voice(body.model) as voice:
+        async with service.voice(body) as voice:
             job = Job(service, voice, body, [_prompt(voice, body)], wanted)
             response = _Chat(voice.tokenizer, body, job)
         if not body.stream:

@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
-        with service.voice(body.model) as voice:
+        async with service.voice(body) as voice:
             job = Job(service, voice, body, _prompts(voice, body), wanted)
             response = _Completion(voice.tokenizer, body, job)
         if not body.stream:

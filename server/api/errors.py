@@ -63,6 +63,7 @@ _ADAPTER_STATUS: tuple[tuple[type[adapter_errors.AdapterError], int, str], ...] 
     (adapter_errors.UnsafePathError, 403, "adapter_path_forbidden"),
     (adapter_errors.SourceChangedError, 409, "adapter_source_changed"),
     (adapter_errors.GoldenError, 400, "adapter_golden_mismatch"),
+    (adapter_errors.GateError, 400, "gate_refused"),
     (adapter_errors.AdapterExistsError, 400, "adapter_exists"),
     (adapter_errors.ArenaFullError, 507, "adapter_memory_full"),
     (adapter_errors.AdapterError, 400, "adapter_refused"),
@@ -72,6 +73,8 @@ _ADAPTER_STATUS: tuple[tuple[type[adapter_errors.AdapterError], int, str], ...] 
 def from_adapter_error(error: adapter_errors.AdapterError, param: str | None = None) -> ApiError:
     """The HTTP form of an adapter error; the first row of the table that fits decides."""
     status, code = next((status, code) for kind, status, code in _ADAPTER_STATUS if isinstance(error, kind))
+    if isinstance(error, adapter_errors.GateError):
+        param = error.field
     return ApiError(status, str(error), code=code, param=param)
 
 

@@ -9,12 +9,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from motet.server.api import uses
 from motet.server.api.errors import ApiError, bad_request
 from motet.server.api.schemas import MOST_STOPS, GenerationBody
 from motet.server.api.service import Service
 from motet.server.api.text import Detokenizer
 from motet.server.api.voice import Voice
-from motet.server.engine.types import Applied, FinishReason, Sampling, TokenEvent, TokenLogprobs
+from motet.server.engine.types import FinishReason, Sampling, TokenEvent, TokenLogprobs
 
 MOST_GENERATIONS = 1024
 """Generations of one request: prompts times answers to each."""
@@ -84,13 +85,15 @@ class Job:
                 f"{MOST_GENERATIONS} are possible in one request",
                 "n",
             )
+        placed = [voice.placed(prompt) for prompt in prompts]
+        prompts, given = [prompt for prompt, _ in placed], [rows for _, rows in placed]
         samplings = [_sampling(service.base.max_length, voice, body, prompt, wanted) for prompt in prompts]
         stops = _stops(body)
         self.drop_drawn = wanted.max_tokens == 0
         self.prompts = prompts
         # Nothing from here to the submission may refuse the request: nobody would end the stream.
-        self.version = None if voice.lease is None else voice.lease.version
-        self.system_fingerprint = service.fingerprint(voice.lease)
+        self.versions = [one.lease.version for one in voice.applied]
+        self.system_fingerprint = service.fingerprint(voice.applied)
         self._stream = service.streams.open(len(prompts) * copies)
         self.choices = [
             Choice(
@@ -109,14 +112,11 @@ class Job:
         self._include_stop = body.include_stop_str_in_output
         self._min_tokens = body.min_tokens
         self._by_generation = dict(zip(self._stream.generations, self.choices, strict=True))
-        self._submit(voice.lease, samplings, copies)
-
-    def _submit(self, resolved: Lease | None, samplings: Sequence[Sampling], copies: int) -> None:
-        """Hand every generation to the engine, each with its own lease on the one version the name meant."""
+        # Every generation has its own leases on the versions that the names meant.
         for generation, choice in zip(self._stream.generations, self.choices, strict=True):
             sampling = _copy_for(samplings[choice.index // copies], choice.index % copies)
-            applied = () if resolved is None else (Applied(self._service.registry.renew(resolved)),)
-            self._service.engine.submit(generation, choice.prompt, sampling, applied)
+            applied = uses.renewed(service.registry, voice.applied)
+            service.engine.submit(generation, choice.prompt, sampling, applied, given[choice.index // copies])
 
     async def __aenter__(self) -> Job:
         return self
@@ -205,7 +205,7 @@ class Job:
 
 def require_known(prompt: Sequence[int], voice: Voice, param: str) -> None:
     """Refuse token ids that the model does not have."""
-    if (largest := max(prompt)) >= voice.vocabulary:
+    if (largest := max(prompt)) >= voice.prompt_vocabulary:
         raise bad_request(
             f"{param} has token {largest}; the tokens of {voice.model} are 0 to {voice.vocabulary - 1}", param
         )

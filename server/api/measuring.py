@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from motet.adapters.errors import UnmeasuredError
-from motet.adapters.registry import Lease, Score
+from motet.adapters.lease import Lease
+from motet.adapters.registry import Score
 from motet.server.api.scoring import Scorer, ScoringError
 
 TEXTS = (

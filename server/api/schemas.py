@@ -36,6 +36,25 @@ class ResponseFormat(Body):
     type: Literal["text"]
 
 
+class GateBody(Body):
+    """`gate`: what the adapter's rank gate is computed from; exactly one of the first three.
+
+    `history` and `candidates` are item ids, in the order of the prompt's markers where it has some.
+    """
+
+    history: list[int] | None = None
+    user_embedding: list[float] | None = None
+    weights: list[float] | None = None
+    candidates: list[int] | None = None
+
+
+class PartBody(Body):
+    """One adapter of a mixture."""
+
+    name: str = Field(min_length=1)
+    weight: float
+
+
 class GenerationBody(Body):
     """What completions and chat completions share.
 
@@ -64,6 +83,11 @@ class GenerationBody(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    gate: GateBody | None = None
+    adapters: list[PartBody] | None = Field(default=None, min_length=1)
+    merge_method: Literal["linear", "ties", "dare_ties"] = "linear"
+    density: float | None = None
+    merge_seed: int | None = None
     user: str | None = None
     request_id: str | None = None
     metadata: dict[str, Any] | None = None

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from motet.adapters.errors import AdapterNotFoundError
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.errors import AdapterNotFoundError, GateError
+from motet.adapters.gates.instance import InstanceGate
+from motet.adapters.lease import Lease
+from motet.adapters.registry import Registry
+from motet.server.api import uses
 from motet.server.api.errors import ApiError
+from motet.server.api.placeholders import Placeholders
+from motet.server.api.schemas import GenerationBody
 from motet.server.api.text import Tokenizer
 from motet.server.api.voice import Voice
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
+from motet.server.engine.types import Applied
 from motet.server.metrics import Metrics
 
 FAILURES_UNHEALTHY = 3
@@ -73,6 +80,9 @@ class Service:
     max_waiting: int
     ready: bool = False
     draining: bool = False
+    _placeholders: weakref.WeakKeyDictionary[InstanceGate, Placeholders] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
 
     @property
     def healthy(self) -> bool:
@@ -97,32 +107,63 @@ class Service:
                 param="model",
             ) from error
 
-    @contextlib.contextmanager
-    def voice(self, model: str) -> Iterator[Voice]:
-        """What a new request to the model of that name speaks with, until the request has leases of its own.
+    @contextlib.asynccontextmanager
+    async def voice(self, body: GenerationBody) -> AsyncIterator[Voice]:
+        """What a new request speaks with, until its generations have leases of their own.
 
         Raises:
             ApiError: there is no such model, or no new work is taken.
+            GateError: the request's gate or mixture is not possible.
         """
         self.require_open()
-        lease = self.resolve(model)
-        if lease is None:
-            yield Voice(None, "the base model", self.tokenizer, self.base.vocabulary, self.base.end_tokens)
-            return
+        applied = await self._applied(body)
         try:
-            own, name = lease.own, f"adapter {lease.version.name!r}"
-            vocabulary = self.registry.residency.vocabulary(lease.slot) or self.base.vocabulary
-            tokenizer, end_tokens = (
-                (self.tokenizer, self.base.end_tokens) if own is None else (own.tokenizer, own.end_tokens)
-            )
-            yield Voice(lease, name, tokenizer, vocabulary, end_tokens)
+            yield self._voice(applied, body)
         finally:
-            self.registry.release(lease)
+            uses.release(self.registry, applied)
 
-    def fingerprint(self, lease: Lease | None) -> str:
-        """`system_fingerprint`: base weights, and the adapter's content."""
-        base = f"fp_{self.base.fingerprint[:12]}"
-        return base if lease is None else f"{base}_{lease.version.digest[:12]}"
+    async def _applied(self, body: GenerationBody) -> list[Applied]:
+        uses.require_one_way(body, self.base.name)
+        if body.adapters is not None:
+            parts = uses.mixed(self.registry, body)
+            if body.merge_method == "linear":
+                return parts
+            try:
+                return [await uses.merged(self.registry, body, parts)]
+            finally:
+                uses.release(self.registry, parts)
+        lease = self.resolve(body.model)
+        if lease is None:
+            if body.gate is not None:
+                raise GateError("gate", "the base model has no gate; remove the field")
+            return []
+        try:
+            return [await uses.gated(lease, body.gate)]
+        except BaseException:
+            self.registry.release(lease)
+            raise
+
+    def _voice(self, applied: list[Applied], body: GenerationBody) -> Voice:
+        if not applied:
+            return Voice((), "the base model", self.tokenizer, self.base.vocabulary, self.base.end_tokens)
+        first = uses.held(applied[0])
+        name = f"adapter {' + '.join(one.lease.version.name for one in applied)!r}"
+        own, gate = first.resident.own, first.resident.gate
+        vocabulary = self.registry.residency.vocabulary(first.slot) or self.base.vocabulary
+        tokenizer, end_tokens = (
+            (self.tokenizer, self.base.end_tokens) if own is None else (own.tokenizer, own.end_tokens)
+        )
+        if not isinstance(gate, InstanceGate) or body.gate is None:
+            return Voice(applied, name, tokenizer, vocabulary, end_tokens)
+        if gate not in self._placeholders:
+            self._placeholders[gate] = Placeholders(tokenizer, gate)
+        places = self._placeholders[gate]
+        items = {"history": body.gate.history, "candidates": body.gate.candidates}
+        return Voice(applied, name, places.tokenizer, vocabulary, end_tokens, places, items)
+
+    def fingerprint(self, applied: Sequence[Applied]) -> str:
+        """`system_fingerprint`: base weights, and the adapters' content; gates are no part of it."""
+        return "_".join([f"fp_{self.base.fingerprint[:12]}", *(one.lease.version.digest[:12] for one in applied)])
 
     def require_open(self) -> None:
         """Refuse new work while starting, draining or overloaded."""

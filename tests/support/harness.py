@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.lease import Lease
+from motet.adapters.registry import Registry
 from motet.adapters.spec import NOTHING_DECLARED, Declared
 from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool

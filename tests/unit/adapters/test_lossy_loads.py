@@ -16,9 +16,10 @@ from motet.adapters.base import BaseModel
 from motet.adapters.cache import LoweredCache
 from motet.adapters.errors import AdapterNotFoundError, ArenaFullError, ConfigError, UnmeasuredError
 from motet.adapters.golden import GOLDEN_FILE
+from motet.adapters.lease import Lease
 from motet.adapters.lowered_file import dump
 from motet.adapters.receipt import LogprobError
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared, LossyForm
 from tests.support.bases import base_of, residency_of

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from motet.adapters.effects import GateSpec, Lowered, LowRank, OutputBias, TargetEffects
 from motet.adapters.errors import GateError
-from motet.adapters.mixture import MOST_PARTS, MergeMethod, merged, require_low_rank, require_weights
+from motet.adapters.mixture import MOST_PARTS, MergeMethod, merged, obstacle, require_weights
 from tests.support.models import FAMILIES
 from tests.support.tolerances import TOLERANCES
 
@@ -146,16 +146,12 @@ def test_what_cannot_be_mixed(model: Any) -> None:
     part = lowered(model, "0")
     name = next(iter(part.effects))
     biased = TargetEffects(part.effects[name].low_rank, bias=OutputBias(torch.ones(3)))
-    others = {
-        "more than low-rank": Lowered("lora", "", "", {name: biased}, 1),
-        "gate of its own": Lowered("ilora", "", "", part.effects, 1, gate=GateSpec("router", 2, {})),
-    }
+    gated = Lowered("ilora", "", "", part.effects, 1, gate=GateSpec("router", 2, {}))
     overlaid = Lowered("full-model", "", "", {}, 0, overlays={"model.norm.weight": torch.ones(2)})
-    for message, other in [*others.items(), ("more than low-rank", overlaid)]:
-        with pytest.raises(GateError, match=message) as refused:
-            require_low_rank(["fr", "de"], [part, other])
-        assert "'de'" in str(refused.value)
-    require_low_rank(["fr"], [part])
+    assert obstacle(Lowered("lora", "", "", {name: biased}, 1)) == "it is more than low-rank pairs"
+    assert obstacle(overlaid) == "it is more than low-rank pairs"
+    assert obstacle(gated) == "it needs a gate of its own"
+    assert obstacle(part) is None
 
 
 def _a(adapter: Lowered, target: str) -> torch.Tensor:

@@ -18,7 +18,8 @@ from motet.adapters.errors import (
     MissingTensorError,
     SourceNotFoundError,
 )
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.lease import Lease
+from motet.adapters.registry import Registry
 from tests.support.bases import residency_of
 from tests.unit.adapters.conftest import Bench, edit
 

@@ -20,8 +20,9 @@ from motet.adapters.errors import (
     SourceNotFoundError,
 )
 from motet.adapters.golden import GOLDEN_FILE, Golden
+from motet.adapters.lease import Lease
 from motet.adapters.lowered_file import dump
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.registry import Registry
 from motet.adapters.spec import Declared
 from tests.support.bases import residency_of
 from tests.unit.adapters.conftest import Bench

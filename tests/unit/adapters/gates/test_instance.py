@@ -21,7 +21,8 @@ FACTORS = TOLERANCES["gate factors", torch.float32]
 
 @pytest.fixture(scope="module")
 def spec(made: Networks) -> GateSpec:
-    facts = {"items": ITEMS, "history_length": HISTORY_LENGTH, "width": WIDTH}
+    placeholders = {"history": "[HistoryEmb]", "candidates": "[CansEmb]"}
+    facts = {"items": ITEMS, "history_length": HISTORY_LENGTH, "width": WIDTH, "placeholders": placeholders}
     return GateSpec("router", EXPERTS, {}, gate_tensors(made), facts)
 
 

@@ -13,7 +13,8 @@ import httpx
 import torch
 
 from motet.adapters.base import BaseModel, Target
-from motet.adapters.registry import Lease, Registry
+from motet.adapters.lease import Lease
+from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion
 from motet.server.api.app import create_app
 from motet.server.api.scoring import Scorer, golden_check

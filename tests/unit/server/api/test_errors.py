@@ -25,6 +25,7 @@ OWN_STATUS: dict[type[AdapterError], tuple[int, str]] = {
     errors.AdapterExistsError: (400, "adapter_exists"),
     errors.SourceChangedError: (409, "adapter_source_changed"),
     errors.GoldenError: (400, "adapter_golden_mismatch"),
+    errors.GateError: (400, "gate_refused"),
     errors.ArenaFullError: (507, "adapter_memory_full"),
 }
 
@@ -52,9 +53,12 @@ def raising(error: Exception) -> httpx.Response:
 @pytest.mark.parametrize("kind", TREE, ids=lambda kind: kind.__name__)
 def test_every_adapter_error_has_a_status_and_a_code(kind: type[AdapterError]) -> None:
     status, code = OWN_STATUS.get(kind, (400, "adapter_refused"))
-    found = from_adapter_error(kind("the message"), "lora_path")
-    assert (found.status, found.code, found.param, found.message) == (status, code, "lora_path", "the message")
-    response = raising(kind("the message"))
+    of_field = issubclass(kind, errors.GateError)
+    error = kind("gate", "the message") if of_field else kind("the message")
+    found = from_adapter_error(error, "lora_path")
+    param = "gate" if of_field else "lora_path"
+    assert (found.status, found.code, found.param, found.message) == (status, code, param, "the message")
+    response = raising(error)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
 

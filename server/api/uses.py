@@ -1,0 +1,126 @@
+"""Which adapters a request computes with, and by which factors: its model, its gate, its mixture, its merge.
+
+Must not know: prompts, sampling, responses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from motet.adapters import mixture
+from motet.adapters.errors import GateError
+from motet.adapters.gates.instance import InstanceGate, UserInput
+from motet.adapters.gates.pool import PoolGate
+from motet.adapters.lease import Lease
+from motet.adapters.registry import Registry
+from motet.adapters.version import AdapterVersion, Digest
+from motet.server.api.schemas import GateBody, GenerationBody
+from motet.server.engine.types import Applied
+
+
+def require_one_way(body: GenerationBody, base: str) -> None:
+    """Refuse combinations that mean nothing.
+
+    Raises:
+        GateError: the fields contradict each other.
+    """
+    if body.adapters is None:
+        for field in ("merge_method", "density", "merge_seed"):
+            if field in body.model_fields_set:
+                raise GateError(field, f"{field} says how to mix adapters, and the request has none; remove it")
+        return
+    if body.model != base:
+        raise GateError("adapters", f"a mixture needs model {base!r}, the base, not {body.model!r}")
+    if body.gate is not None:
+        raise GateError("gate", "a mixture has no gate; its weights are the adapters' own")
+    if body.merge_method == "linear" and {"density", "merge_seed"} & body.model_fields_set:
+        raise GateError("merge_method", "density and merge_seed mean nothing to a linear mixture; choose another")
+
+
+async def gated(lease: Lease, gate: GateBody | None) -> Applied:
+    """One adapter with the gate that the request gives for it.
+
+    Raises:
+        GateError: it has no gate and one is given, or needs one that is not given or not possible.
+    """
+    name, own = lease.version.name, lease.resident.gate
+    if own is None:
+        if gate is not None:
+            raise GateError("gate", f"adapter {name!r} has no gate; remove the field")
+        return Applied(lease)
+    if isinstance(own, PoolGate):
+        if gate is not None and (gate.history or gate.user_embedding or gate.candidates):
+            raise GateError("gate", f"adapter {name!r} is a pool: of a gate it takes weights only")
+        return Applied(lease, own.factors(None if gate is None else gate.weights))
+    if gate is None:
+        raise GateError("gate", f"adapter {name!r} answers by its user: give gate.history, user_embedding or weights")
+    user = UserInput(gate.history, gate.user_embedding, gate.weights)
+    return Applied(lease, await asyncio.to_thread(_factors, own, user))
+
+
+def _factors(gate: InstanceGate, user: UserInput) -> tuple[float, ...]:
+    return tuple(gate.factors([user])[0].tolist())
+
+
+def mixed(registry: Registry, body: GenerationBody) -> list[Applied]:
+    """The parts of a linear mixture, each with its weight.
+
+    Raises:
+        GateError: an adapter cannot be mixed, or a weight is impossible.
+        AdapterNotFoundError: there is no such adapter.
+    """
+    parts = body.adapters or []
+    mixture.require_weights([part.weight for part in parts])
+    applied: list[Applied] = []
+    try:
+        for place, part in enumerate(parts):
+            applied.append(Applied(registry.acquire(part.name), (float(part.weight),)))
+            if why := held(applied[-1]).resident.unmixable:
+                raise GateError(f"adapters.{place}.name", f"adapter {part.name!r} cannot be mixed: {why}; leave it out")
+    except BaseException:
+        release(registry, applied)
+        raise
+    return applied
+
+
+async def merged(registry: Registry, body: GenerationBody, parts: Sequence[Applied]) -> Applied:
+    """The one adapter that TIES or DARE-TIES makes of the parts; made once for the same versions, weights and options.
+
+    Raises:
+        GateError: the adapters cannot be merged so.
+        ArenaFullError: the result does not fit.
+    """
+    assert body.merge_method != "linear"
+    method, density, seed = body.merge_method, 0.5 if body.density is None else body.density, body.merge_seed or 0
+    versions = [(one.lease.version, one.gate) for one in parts]
+    digest = hashlib.sha256(repr((versions, method, density, seed)).encode()).hexdigest()
+    name = " + ".join(version.name for version, _ in versions)
+    weights = [one.gate[0] for one in parts if one.gate is not None]
+
+    def make() -> Any:
+        lowered = [registry.lowered_version(version) for version, _ in versions]
+        return mixture.merged(lowered, weights, method, density, seed)
+
+    return Applied(
+        await asyncio.to_thread(registry.derived.acquire, AdapterVersion(f"{method}({name})", Digest(digest)), make)
+    )
+
+
+def renewed(registry: Registry, applied: Sequence[Applied]) -> list[Applied]:
+    """The same with leases of their own."""
+    return [Applied(registry.renew(held(one)), one.gate) for one in applied]
+
+
+def held(one: Applied) -> Lease:
+    """The registry's own lease: the engine knows it by fewer words."""
+    assert isinstance(one.lease, Lease)
+    return one.lease
+
+
+def release(registry: Registry, applied: Sequence[Applied]) -> None:
+    """Give the leases back."""
+    for one in applied:
+        registry.release(held(one))
