@@ -112,7 +112,6 @@ def _integrated(requests: Sequence[Logits], places: Sequence[int]) -> Iterator[t
     p_K, aleatoric_N = integrate(mean_K, variance_K, request_K, len(requests))
     sizes = [len(logits.mean_C) for logits in requests]
     for place, p_C, aleatoric in zip(places, torch.split(p_K, sizes), aleatoric_N.tolist(), strict=True):
-        p_C = p_C.clamp_min(0)
         yield place, Predictive.of(p_C / p_C.sum(), aleatoric)
 
 

@@ -80,6 +80,6 @@ def of_logprobs(logprobs: Sequence[float], mean_token_entropy: float | None = No
     """
     if not logprobs or not all(logprob <= 1e-6 for logprob in logprobs):
         raise HeadError("a sequence's uncertainty needs log-probabilities, of at least one token and none above 0")
-    mean = min(math.fsum(logprobs) / len(logprobs), 0.0) if min(logprobs) > -math.inf else -math.inf
+    mean = min(math.fsum(logprobs) / len(logprobs), 0.0)
     perplexity = math.exp(-mean) if mean > -700 else math.inf
     return SequenceUncertainty(perplexity, 1 - math.exp(mean), min(logprobs), mean_token_entropy)

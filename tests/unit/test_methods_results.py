@@ -68,6 +68,46 @@ def memory_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(table)
 
 
+def emtal_latency_table(lines: list[dict[str, Any]]) -> str:
+    """Medians of the training form and of served decode steps."""
+    ways = ("base", "lora", "emtal, router active", "emtal, router faded")
+    table = [
+        "| what runs, ms | base | LoRA, rank 4 | EMTAL, router active | EMTAL, faded |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        for batch, found in line["results"].items():
+            cells = (f"{found[way]['median_ms']:,.1f}" if way in found else "–" for way in ways)
+            table.append(f"| {line['arguments']['form']}, {batch} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def emtal_quality_table(lines: list[dict[str, Any]]) -> str:
+    """Accuracy and loss over the label words, by run and task; the runs of one task each stand in one row."""
+    tasks = ("boolq", "wikisql-aggregate", "advising-kind")
+    rows: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        arguments = line["arguments"]
+        name = {"base": "base, told the form", "emtal": "EMTAL", "lora": "LoRA on all three"}[arguments["method"]]
+        name += "" if arguments["retaining"] else " without quality retaining"
+        name = name if "+" in arguments["task"] else "LoRA, one a task"
+        rows.setdefault(name, {}).update(line["results"]["tasks"])
+    table = [f"| run | {' | '.join(f'{task}: accuracy, loss' for task in tasks)} |", "| --- | --- | --- | --- |"]
+    for name, found in rows.items():
+        cells = (
+            f"{one['accuracy']:.3f} ± {one['accuracy_standard_error']:.3f}, {one['loss']:.2f}"
+            for one in (found[task] for task in tasks)
+        )
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def test_the_emtal_tables_are_the_committed_results() -> None:
+    page = PAGE.read_text()
+    assert emtal_latency_table(results("emtal-cpu.jsonl")) in page
+    assert emtal_quality_table(results("emtal-quality-cpu.jsonl")) in page
+
+
 def test_the_memory_table_is_the_committed_result() -> None:
     assert memory_table(results("training-memory-cpu.jsonl")) in PAGE.read_text()
 

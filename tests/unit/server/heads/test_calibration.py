@@ -96,7 +96,7 @@ def test_the_rank_is_corrected_for_the_sample() -> None:
     assert conformal_threshold(p_N, 0.11) == pytest.approx(0.9)
     assert conformal_threshold(p_N, 0.2) == pytest.approx(0.8)
     assert conformal_threshold(p_N, 0.5) == pytest.approx(0.5)
-    assert conformal_threshold(p_N, 0.3) == pytest.approx(0.7)  # 10 · 0.7 is 7.000…01 in float64
+    assert conformal_threshold(p_N, 0.7) == pytest.approx(0.3)  # 10 · (1 - 0.7) is 3.0000000000000004 in float64
     assert conformal_threshold(p_N, 0.05) == 1.0  # nine examples cannot promise that
 
 
