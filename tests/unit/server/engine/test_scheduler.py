@@ -2,66 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from motet.server.engine.blocks import BlockPool
-from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.types import (
     FinishReason,
-    Generation,
     GenerationId,
-    GivenInput,
-    Plan,
-    Sampling,
     SpanResult,
-    TokenEvent,
 )
-from tests.support.fake_runner import applied, logprobs_at, version_of
-
-BLOCK = 4
-
-
-def scheduler(blocks: int = 16, rows: int = 64, generations: int = 8) -> Scheduler:
-    return Scheduler(BlockPool(blocks, BLOCK), StepLimits(rows, generations))
-
-
-def generation(
-    id: int,
-    prompt: Sequence[int],
-    max_tokens: int = 8,
-    adapter: str | None = None,
-    digest: str = "0",
-    gate: tuple[float, ...] | None = None,
-    **sampling: object,
-) -> Generation:
-    use = ((version_of(adapter, digest), gate),) if adapter else ()
-    options = Sampling(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
-    return Generation(GenerationId(id), list(prompt), len(prompt), options, applied(use))
-
-
-def spans(plan: Plan) -> list[tuple[int, int, int]]:
-    """(generation, first position, rows) of each span."""
-    return [(span.generation, span.start, len(span.tokens)) for span in plan.spans]
-
-
-def commit(scheduler: Scheduler, plan: Plan, token: int = 9) -> tuple[list[TokenEvent], list[Generation]]:
-    """Every span that draws draws `token`, and prompt log-probabilities tell their position."""
-    results = [
-        SpanResult(
-            token if span.draw else None,
-            prompt_logprobs=tuple(logprobs_at(t, span.start + 1 + i) for i, t in enumerate(span.prompt_targets)),
-        )
-        for span in plan.spans
-    ]
-    return scheduler.commit(plan, results)
-
-
-def step(scheduler: Scheduler, token: int = 9) -> list[tuple[int, int, int]]:
-    plan = scheduler.plan()
-    commit(scheduler, plan, token)
-    return spans(plan)
+from tests.support.fake_runner import logprobs_at
+from tests.unit.server.engine.steps import commit, generation, scheduler, spans, step
 
 
 def test_first_come_first_served() -> None:
@@ -159,59 +108,6 @@ def test_the_last_token_of_a_known_prompt_is_computed_again() -> None:
     step(s)
     s.add(generation(1, prompt))
     assert step(s) == [(1, 4, 4)]
-
-
-@pytest.mark.parametrize("other", [("fr", "1"), ("de", "0"), (None, "0")])
-def test_another_version_shares_nothing(other: tuple[str | None, str]) -> None:
-    s, prompt = scheduler(), list(range(10))
-    s.add(generation(0, prompt, max_tokens=1, adapter="fr", digest="0"))
-    step(s)
-    s.add(generation(1, prompt, adapter=other[0], digest=other[1]))
-    assert step(s) == [(1, 0, 10)]
-
-
-@pytest.mark.parametrize(("gate", "rows"), [((0.25, 0.75), (1, 8, 2)), ((0.75, 0.25), (1, 0, 10)), (None, (1, 0, 10))])
-def test_only_the_same_gate_shares(gate: tuple[float, ...] | None, rows: tuple[int, int, int]) -> None:
-    s, prompt = scheduler(), list(range(10))
-    s.add(generation(0, prompt, max_tokens=1, adapter="fr", gate=(0.25, 0.75)))
-    step(s)
-    s.add(generation(1, prompt, adapter="fr", gate=gate))
-    assert step(s) == [rows]
-
-
-@pytest.mark.parametrize(("key", "rows"), [("a", (1, 8, 2)), ("b", (1, 0, 10))])
-def test_only_the_same_given_inputs_share(key: str, rows: tuple[int, int, int]) -> None:
-    s, prompt = scheduler(), list(range(10))
-    for id, name in enumerate(["a", key]):
-        one = generation(id, prompt, max_tokens=1)
-        one.given = {3: GivenInput(name, None)}
-        s.add(one)
-        made = step(s)
-    assert made == [rows]
-
-
-def test_given_inputs_reach_the_rows_they_stand_for() -> None:
-    s = scheduler(rows=3)
-    one = generation(0, list(range(7)), max_tokens=1)
-    one.given = {0: GivenInput("a", 1), 4: GivenInput("b", 2)}
-    s.add(one)
-    rows = []
-    for _ in range(3):
-        plan = s.plan()
-        rows.append({row: given.values for row, given in plan.spans[0].given.items()})
-        commit(s, plan)
-    assert rows == [{0: 1}, {1: 2}, {}]
-
-
-def test_a_feature_is_asked_for_at_the_last_token_of_the_prompt_only() -> None:
-    s = scheduler(rows=3)
-    s.add(generation(0, list(range(5)), feature=True))
-    asked = []
-    for _ in range(4):
-        plan = s.plan()
-        asked.append(plan.spans[0].feature)
-        commit(s, plan)
-    assert asked == [False, True, False, False]
 
 
 def test_the_same_version_shares_after_the_first_has_ended() -> None:
