@@ -24,7 +24,7 @@ def convert() -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 def corda_cache(cache: Path, adapter: Path, out: Path) -> None:
     """Write OUT: the CorDA folder ADAPTER with its start from CACHE, CorDA's file of singular values."""
-    from motet.adapters.convert import corda_cache as write
+    from motet.adapters.convert.corda_cache import corda_cache as write
 
     write(cache, adapter, out)
     click.echo(f"wrote {out}")
@@ -46,7 +46,7 @@ def emtal(checkpoint: Path, base: Path, out: Path, fading_epochs: int) -> None:
 
     BASE is the ViT it was trained on, as transformers saves it. OUT is for ViTForImageClassification.
     """
-    from motet.adapters.convert_emtal import convert as write
+    from motet.adapters.convert.emtal import convert as write
 
     write(checkpoint, base, out, fading_epochs)
     click.echo(f"wrote {out}")
@@ -62,7 +62,7 @@ def amt(checkpoints: tuple[Path, ...], base: Path, out: Path, prefix: str | None
 
     BASE is the ViT it was trained on: a folder as transformers saves it, or a file by DINO's or timm's names.
     """
-    from motet.adapters.convert_amt import convert as write
+    from motet.adapters.convert.amt import convert as write
 
     pool = write(checkpoints, base, out, prefix=prefix)
     scales = pool.scales_cls
@@ -83,7 +83,7 @@ def ilora(checkpoint: Path, sasrec: Path, out: Path, base_name: str | None) -> N
 
     SASREC is the sequence model it was trained with, a whole module as the same code reads it.
     """
-    from motet.adapters.convert_ilora import ilora_checkpoint as write
+    from motet.adapters.convert.ilora import ilora_checkpoint as write
 
     found = write(checkpoint, sasrec, out, base_name=base_name)
     for what, count in found.left_out.items():
@@ -122,7 +122,7 @@ def vbll_head(
     temperature: float,
 ) -> None:
     """Put the head of STATE, the state dict of a vbll DiscClassification, into OUT, an adapter's folder."""
-    from motet.adapters.convert_head import vbll_head as write
+    from motet.adapters.convert.head import vbll_head as write
     from motet.adapters.heads import HEAD_CONFIG, HEAD_WEIGHTS, Parameterization
 
     try:

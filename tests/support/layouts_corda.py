@@ -15,7 +15,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import save_file
 from torch import nn
 
-from motet.adapters.convert import corda_cache as convert
+from motet.adapters.convert.corda_cache import corda_cache as convert
 from tests.support.layout import CHANGE, Layout, read_back
 from tests.support.layouts_peft import calibration
 from tests.support.layouts_residual import Trained, beside_residual, configured, save_converted, train

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "adapters": ["motet.adapters"],
     "kernels": ["motet.kernels"],
     "server/engine": ["motet.server.engine", "motet.adapters.version"],
+    "server/heads": ["motet.server.heads", "motet.adapters"],
     "server/model": [
         "motet.server.model",
         "motet.server.heads",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from motet.adapters.convert import corda_cache
+from motet.adapters.convert.corda_cache import corda_cache
 from motet.adapters.errors import (
     AdapterError,
     AdapterExistsError,

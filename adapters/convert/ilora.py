@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from motet.adapters.convert.inert_pickle import InertModule, read_module
+from motet.adapters.convert.plain_pickle import read_plain_pickle
 from motet.adapters.effects import GateSpec
 from motet.adapters.errors import (
     AdapterExistsError,
@@ -37,10 +39,8 @@ from motet.adapters.errors import (
 )
 from motet.adapters.gates import router
 from motet.adapters.gates.instance import KIND, InstanceGate, part
-from motet.adapters.inert_pickle import InertModule, read_module
 from motet.adapters.methods.config_values import number
 from motet.adapters.methods.ilora import parse
-from motet.adapters.plain_pickle import read_plain_pickle
 from motet.adapters.source import CONFIG_FILE, GATE_FILE, WEIGHTS_FILE
 
 MODEL, SASREC = "llama_model.", "rec_model."

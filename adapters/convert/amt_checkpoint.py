@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from motet.adapters.convert.plain_pickle import read_plain_pickle
 from motet.adapters.effects import LowRank
 from motet.adapters.errors import ConfigError, MissingTensorError, ShapeError
 from motet.adapters.methods.base_weights import rounding
 from motet.adapters.methods.tensors import TensorBag
-from motet.adapters.plain_pickle import read_plain_pickle
 
 LINEARS: Mapping[str, tuple[str, ...]] = {
     "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),

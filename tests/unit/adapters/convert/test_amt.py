@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from motet.adapters.base import BaseModel, Target
-from motet.adapters.convert_amt import Converted, convert
+from motet.adapters.convert.amt import Converted, convert
 from motet.adapters.dense import merge
 from motet.adapters.effects import Lowered, LowRank, TargetEffects
 from motet.adapters.methods import lower

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from motet.adapters.convert_emtal import convert
+from motet.adapters.convert.emtal import convert
 from motet.adapters.errors import (
     AdapterError,
     AdapterExistsError,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from motet.adapters.convert_ilora import SASREC_CLASSES, Converted, ilora_checkpoint
+from motet.adapters.convert.ilora import SASREC_CLASSES, Converted, ilora_checkpoint
+from motet.adapters.convert.inert_pickle import read_module
 from motet.adapters.errors import (
     AdapterError,
     AdapterExistsError,
@@ -25,7 +26,6 @@ from motet.adapters.errors import (
     UnsupportedError,
 )
 from motet.adapters.gates.instance import InstanceGate, UserInput
-from motet.adapters.inert_pickle import read_module
 from tests.support.layouts_ilora import GatedLayout, ilora
 from tests.support.official_ilora import checkpoint, save_sasrec
 from tests.support.tolerances import TOLERANCES

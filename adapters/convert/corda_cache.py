@@ -1,6 +1,6 @@
-"""Offline conversions of what training leaves behind and a server never reads: pickles.
+"""Gives a CorDA adapter its start from the pickle of singular values that CorDA's preprocessing leaves.
 
-Must not know: the base model, the registry. Nothing here is reached from a running server.
+Must not know: the base model, the registry, servers. Runs offline.
 """
 
 from __future__ import annotations

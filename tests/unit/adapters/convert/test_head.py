@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from vbll import DiscClassification, GenClassification, HetClassification, tDiscClassification
 
-from motet.adapters.convert_head import vbll_head
+from motet.adapters.convert.head import vbll_head
 from motet.adapters.errors import (
     ConfigError,
     NonFiniteError,

@@ -24,9 +24,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from motet.adapters.amt_checkpoint import LINEARS, Member, members_in
 from motet.adapters.bounded import DEFAULT_LIMITS, parse_tensors, read_file
 from motet.adapters.checkpoint import read_checkpoint
+from motet.adapters.convert.amt_checkpoint import LINEARS, Member, members_in
+from motet.adapters.convert.plain_pickle import read_plain_pickle
+from motet.adapters.convert.timm_vit import under_timm_names
 from motet.adapters.effects import LowRank
 from motet.adapters.errors import AdapterExistsError, ConfigError
 from motet.adapters.methods.amt import PEFT_TYPE, START
@@ -34,9 +36,7 @@ from motet.adapters.methods.base_weights import rounding
 from motet.adapters.methods.centred import aligned
 from motet.adapters.methods.principal import leading
 from motet.adapters.methods.tensors import PREFIX
-from motet.adapters.plain_pickle import read_plain_pickle
 from motet.adapters.source import CONFIG_FILE, WEIGHTS_FILE
-from motet.adapters.timm_vit import under_timm_names
 
 SAME_RESIDUAL = 2.0**-14
 """Of ‖W‖: a float32 SVD on another machine moves W_res by up to 1.5e-5 ‖W‖ (ADR 7); another rank by far more."""

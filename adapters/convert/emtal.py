@@ -31,6 +31,8 @@ from safetensors.torch import save_file
 
 from motet.adapters.bounded import DEFAULT_LIMITS
 from motet.adapters.checkpoint import read_checkpoint
+from motet.adapters.convert.plain_pickle import read_plain_pickle
+from motet.adapters.convert.timm_vit import under_timm_names
 from motet.adapters.errors import (
     AdapterExistsError,
     ConfigError,
@@ -40,9 +42,7 @@ from motet.adapters.errors import (
 )
 from motet.adapters.methods.permutation import order_of
 from motet.adapters.methods.tensors import PREFIX, TensorBag
-from motet.adapters.plain_pickle import read_plain_pickle
 from motet.adapters.source import CONFIG_FILE, WEIGHTS_FILE
-from motet.adapters.timm_vit import under_timm_names
 
 FADING_EPOCHS = 55
 """Half of the 110 epochs that the official code counts on."""

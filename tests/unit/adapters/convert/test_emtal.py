@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTModel
 
-from motet.adapters.convert_emtal import convert
+from motet.adapters.convert.emtal import convert
 from tests.support.emtal_vit import CHANNELS, CLASSES, IMAGE, RANK, Official, official, timm_forward, tiny_vit
 from tests.support.tolerances import TOLERANCES
 

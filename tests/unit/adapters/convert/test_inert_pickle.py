@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from motet.adapters.convert.inert_pickle import InertModule, read_module
 from motet.adapters.errors import CorruptSourceError, UnsafeFormatError
-from motet.adapters.inert_pickle import InertModule, read_module
 
 CLASSES = {f"torch.nn.modules.{name}" for name in "linear.Linear container.Sequential batchnorm.BatchNorm1d".split()}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from motet.adapters.convert import corda_cache
+from motet.adapters.convert.corda_cache import corda_cache
 from motet.adapters.errors import AdapterError, AdapterExistsError, MissingTensorError, ShapeError, UnsafeFormatError
 from motet.adapters.source import read
 from tests.support.models import save_peft, tiny_llama

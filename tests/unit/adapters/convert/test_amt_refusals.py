@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from motet.adapters.convert_amt import convert
+from motet.adapters.convert.amt import convert
+from motet.adapters.convert.plain_pickle import read_plain_pickle
 from motet.adapters.errors import (
     AdapterError,
     AdapterExistsError,
@@ -23,7 +24,6 @@ from motet.adapters.errors import (
     UnmatchedTensorError,
     UnsafeFormatError,
 )
-from motet.adapters.plain_pickle import read_plain_pickle
 from tests.support.amt_vit import RANK, Made, State, dino_names, made, official, save
 from tests.unit.adapters.methods.changes import Change, drop, put
 
