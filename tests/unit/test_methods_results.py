@@ -102,6 +102,34 @@ def emtal_quality_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(table)
 
 
+def lossy_table(lines: list[dict[str, Any]]) -> str:
+    """What each form of a full fine-tune takes and misses."""
+    table = [
+        "| fine-tune | form | bytes | seconds to load | ‖Δ - Δ̂‖/‖Δ‖ | difference of log-probabilities: mean, largest "
+        "| decode step, ms: 1, 8 rows |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        for found in line["results"]:
+            error, steps = found["logprob_error"], found["decode_ms"]
+            cells = (
+                line["arguments"]["fine_tune"],
+                found["form"],
+                f"{found['resident_bytes']:,}" if found["resident_bytes"] else "–",
+                f"{found['load_s']:.1f}" if found["load_s"] else "–",
+                f"{found['missed']:.3f}" if found["missed"] else "–",
+                f"{error['mean']:.3f}, {error['largest']:.2f}" if error else "–",
+                f"{steps['1']:.0f}, {steps['8']:.0f}",
+            )
+            table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def test_the_lossy_table_is_the_committed_result() -> None:
+    page = DOCS / "adr" / "0009-lossy-forms-on-request.md"
+    assert lossy_table(results("approximate-cpu.jsonl")) in page.read_text()
+
+
 def test_the_emtal_tables_are_the_committed_results() -> None:
     page = PAGE.read_text()
     assert emtal_latency_table(results("emtal-cpu.jsonl")) in page
