@@ -1,7 +1,7 @@
 """Merges of a pool at test time: a labelled support set becomes the pool's gate, remembered under a name of its own.
 
-Every member sees every example once, all in one batch of the engine. Nothing is materialised: a merge is as many
-numbers as the pool has members, and the class means that classify by it.
+Every member sees every example once. Nothing is materialised: a merge is as many numbers as the pool has members, and
+the class means that classify by it.
 
 Must not know: HTTP, kernels. For the event loop that the scorer belongs to.
 
@@ -11,13 +11,11 @@ Shapes: P members, S examples, C labels, D width of the features.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,74 +24,31 @@ from motet.adapters.gates import merge
 from motet.adapters.gates.pool import PoolGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
-from motet.adapters.version import AdapterVersion
 from motet.server.api.scoring import Question, Scorer
+from motet.server.api.text import Tokenizer
 from motet.server.engine.types import Applied
+from motet.server.merged import Ask, Merged
 
 MARK = "@merge-"
 """Between a pool's name and the digest in the name of a merge."""
-MOST_EXAMPLES, MOST_LABELS, MOST_MERGES = 512, 128, 1024
+MOST_MERGES = 256
+"""Remembered ones; the class means of 128 labels at a width of 4096 are 2 MiB."""
+WAVE = 64
+"""Prompts that one merge has in the engine at a time, so that a large support does not fill the queue for others."""
 DROPPED = 0.1
 """Share of its tokens that the augmented view of an example loses."""
 
 Encode = Callable[[str], Sequence[int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a merge is made of; equal asks of one pool version give one merge.
+def encoder(tokenizer: Tokenizer) -> Encode:
+    """Token ids of a text as /v1/completions makes them; pools have the base's tokenizer."""
 
-    Attributes:
-        support: (text, label).
-        weights: α given by the caller, or "uniform"; None scores the members on the support.
-        seed: of the augmented view; None scores on the examples as they are.
-    """
+    def encode(text: str) -> Sequence[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
+        return ids
 
-    support: tuple[tuple[str, str], ...]
-    top_k: int = merge.DEFAULT_TOP_K
-    beta: float = merge.DEFAULT_BETA
-    gamma: float = merge.DEFAULT_GAMMA
-    seed: int | None = None
-    weights: tuple[float, ...] | str | None = None
-
-    def check(self) -> None:
-        """Require what does not depend on the pool.
-
-        Raises:
-            GateError: the support is empty, too large, or has too few or too many labels.
-        """
-        if not 1 <= len(self.support) <= MOST_EXAMPLES:
-            raise GateError("support", f"support has {len(self.support)} examples; 1 to {MOST_EXAMPLES} are possible")
-        if not 2 <= len(self.labels) <= MOST_LABELS:
-            raise GateError("support", f"support has {len(self.labels)} labels; 2 to {MOST_LABELS} are possible")
-
-    @property
-    def labels(self) -> list[str]:
-        """Distinct, in the order of their first example."""
-        return list(dict.fromkeys(label for _, label in self.support))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Merged:
-    """A merge that can be asked.
-
-    Attributes:
-        name: what requests call it.
-        alpha: a factor for each member.
-        scores: what α was found by; None where it was given.
-        prototypes_CD: class means of the support under the merge.
-    """
-
-    name: str
-    pool: AdapterVersion
-    alpha: tuple[float, ...]
-    scores: merge.Merge | None
-    labels: tuple[str, ...]
-    prototypes_CD: torch.Tensor
-    scale: float
-    bias: float
-    created_s: float
-    expires_s: float
+    return encode
 
 
 @dataclass(slots=True, eq=False)
@@ -123,23 +78,33 @@ class Merging:
         try:
             if not isinstance(gate := lease.resident.gate, PoolGate):
                 raise GateError("model", f"adapter {pool!r} is no pool; there is nothing to merge")
-            name = f"{pool}{MARK}{_digest(lease.version, ask)}"
-            if (known := self._found(name)) is None:
-                if name not in self._running:
-                    self._running[name] = asyncio.create_task(self._made(name, lease, gate, ask))
-                try:
-                    known = await asyncio.shield(self._running[name])
-                finally:
-                    if self._running.get(name) is not None and self._running[name].done():
-                        del self._running[name]
-            kept = replace(known, expires_s=max(known.expires_s, self.clock() + lifetime_s))
-            self._merges[name] = kept
-            self._merges.move_to_end(name)
-            while len(self._merges) > MOST_MERGES:
-                self._merges.popitem(last=False)
-            return kept
+            if ask.weights is None and not ask.top_k <= gate.members:
+                raise GateError("top_k", f"top_k is {ask.top_k}; it must be between 1 and the {gate.members} members")
+            name = f"{pool}{MARK}{ask.digest(lease.version)}"
+            if (known := self.find(name)) is None:
+                known = await asyncio.shield(self._task(name, lease, gate, ask))
         finally:
             self.registry.release(lease)
+        kept = replace(known, expires_s=max(known.expires_s, self.clock() + lifetime_s))
+        self._merges[name] = kept
+        self._merges.move_to_end(name)
+        while len(self._merges) > MOST_MERGES:
+            self._merges.popitem(last=False)
+        return kept
+
+    def find(self, name: str) -> Merged | None:
+        """A merge that has not expired and whose pool is still served; None where there is none of that name."""
+        found = self._merges.get(name)
+        if found is None:
+            return None
+        try:
+            served = self.registry.get(found.pool.name).version == found.pool
+        except AdapterNotFoundError:
+            served = False
+        if not served or found.expires_s <= self.clock():
+            del self._merges[name]
+            return None
+        return found
 
     def get(self, name: str) -> Merged:
         """A merge that has not expired.
@@ -147,15 +112,20 @@ class Merging:
         Raises:
             AdapterNotFoundError: there is none of that name.
         """
-        found = self._found(name)
+        found = self.find(name)
         if found is None:
-            raise AdapterNotFoundError(f"merge {name!r} is not known; it has expired, or its pool changed: merge again")
+            raise _gone(name)
         return found
 
     def of(self, pool: str) -> list[Merged]:
-        """Those of a pool, oldest first."""
-        found = (self._found(name) for name in list(self._merges) if self._merges[name].pool.name == pool)
-        return [one for one in found if one is not None]
+        """Those of a pool, oldest first.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+        """
+        self.registry.get(pool)
+        found = [self.find(name) for name, one in list(self._merges.items()) if one.pool.name == pool]
+        return sorted((one for one in found if one is not None), key=lambda one: one.created_s)
 
     def delete(self, name: str) -> None:
         """Forget a merge.
@@ -166,56 +136,70 @@ class Merging:
         self.get(name)
         del self._merges[name]
 
-    async def classify(self, merged: Merged, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[N, C] float32 probabilities of the support's labels.
+    def acquire(self, merged: Merged) -> Lease:
+        """A lease on the pool's version that was merged.
+
+        Raises:
+            AdapterNotFoundError: the pool's name means another version by now, or none.
+        """
+        lease = self.registry.acquire(merged.pool.name)
+        if lease.version != merged.pool:
+            self.registry.release(lease)
+            raise _gone(merged.name)
+        return lease
+
+    async def classify(self, merged: Merged, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
+        """[N, C] float32 probabilities of the support's labels, and the number of tokens read.
 
         Raises:
             AdapterNotFoundError: the pool is not served any more.
-            ScoringError: a prompt does not fit the base model, or its step failed.
+            GateError: a text has no token, or more than the base model takes.
+            ScoringError: a step failed.
         """
-        lease = self.registry.acquire(merged.pool.name)
+        prompts = [self._prompt(text, f"input.{place}") for place, text in enumerate(texts)]
+        lease = self.acquire(merged)
         try:
-            questions = [self._question(lease, prompt, merged.alpha) for prompt in prompts]
-            features_ND = await self.scorer.features(questions)
+            features_ND = await self._features([self._question(lease, prompt, merged.alpha) for prompt in prompts])
         finally:
             self.registry.release(lease)
-        return merge.classify(features_ND, merged.prototypes_CD, merged.scale, merged.bias)
+        probabilities_NC = merge.classify(features_ND, merged.prototypes_CD, merged.scale, merged.bias)
+        return probabilities_NC, sum(map(len, prompts))
 
-    def _found(self, name: str) -> Merged | None:
-        found = self._merges.get(name)
-        if found is None:
-            return None
-        versions = {info.version.name: info.version for info in self.registry.published()}
-        if found.expires_s < self.clock() or versions.get(found.pool.name) != found.pool:
-            del self._merges[name]
-            return None
-        return found
+    def _task(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> asyncio.Task[Merged]:
+        """The one that makes the merge; it goes on when whoever asked goes away, and so has a lease of its own."""
+        if name not in self._running:
+
+            def done(task: asyncio.Task[Merged]) -> None:
+                del self._running[name]
+                if not task.cancelled():
+                    task.exception()  # nobody may be left to hear of it
+
+            self._running[name] = asyncio.create_task(self._made(name, self.registry.renew(lease), gate, ask))
+            self._running[name].add_done_callback(done)
+        return self._running[name]
 
     async def _made(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> Merged:
-        held = self.registry.renew(lease)  # the caller may go away before the work is done
+        """Ends the lease."""
         try:
-            prompts = [list(self.encode(text)) for text, _ in ask.support]
-            for place, prompt in enumerate(prompts):
-                if not prompt:
-                    raise GateError(f"support.{place}.text", f"example {place} has no token; leave it out")
+            prompts = [self._prompt(text, f"support.{place}.text") for place, (text, _) in enumerate(ask.support)]
             numbers = {label: number for number, label in enumerate(ask.labels)}
             labels_S = torch.tensor([numbers[label] for _, label in ask.support])
             scores, alpha = None, None
             if ask.weights is None:
-                scores = await self._scored(held, gate, ask, prompts, labels_S)
+                scores = await self._scored(lease, gate, ask, prompts, labels_S)
                 alpha = tuple(scores.alpha_P.tolist())
             elif ask.weights == "uniform":
                 alpha = tuple(merge.uniform(gate.members).tolist())
             else:
                 assert not isinstance(ask.weights, str), ask.weights
                 alpha = gate.factors(ask.weights)
-            features_SD = await self.scorer.features([self._question(held, prompt, alpha) for prompt in prompts])
+            features_SD = await self._features([self._question(lease, prompt, alpha) for prompt in prompts])
         finally:
-            self.registry.release(held)
+            self.registry.release(lease)
         prototypes_CD = merge.prototypes(features_SD, labels_S, len(numbers))
         now_s = self.clock()
         return Merged(
-            name, held.version, alpha, scores, tuple(numbers), prototypes_CD, gate.scale, gate.bias, now_s, now_s
+            name, lease.version, alpha, scores, tuple(numbers), prototypes_CD, gate.scale, gate.bias, now_s, now_s
         )
 
     async def _scored(
@@ -229,12 +213,23 @@ class Merging:
             for view in views
             for prompt in view
         ]
-        features = (await self.scorer.features(questions)).view(gate.members, len(views), len(prompts), -1)
+        features = (await self._features(questions)).view(gate.members, len(views), len(prompts), -1)
         cosines = []
         for member_VSD in features:
             prototypes_CD = merge.prototypes(member_VSD[0], labels_S, len(ask.labels))
             cosines.append(merge.similarities(member_VSD[-1], prototypes_CD))
         return merge.merged(cosines, labels_S, gamma=ask.gamma, beta=ask.beta, top_k=ask.top_k)
+
+    async def _features(self, questions: Sequence[Question]) -> torch.Tensor:
+        """[N, D] float32."""
+        waves = [await self.scorer.features(questions[at : at + WAVE]) for at in range(0, len(questions), WAVE)]
+        return torch.cat(waves)
+
+    def _prompt(self, text: str, field: str) -> list[int]:
+        prompt, most = list(self.encode(text)), self.scorer.most_tokens
+        if not 1 <= len(prompt) <= most:
+            raise GateError(field, f"{field} has {len(prompt)} tokens; 1 to {most} are possible: shorten it")
+        return prompt
 
     def _question(self, lease: Lease, prompt: Sequence[int], gate: tuple[float, ...]) -> Question:
         return Question(prompt, lambda: (Applied(self.registry.renew(lease), gate),))
@@ -249,6 +244,5 @@ def _augmented(prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
     return views
 
 
-def _digest(version: AdapterVersion, ask: Ask) -> str:
-    content = json.dumps([version.digest, asdict(ask)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
+def _gone(name: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(f"merge {name!r} is not known; it has expired, or its pool changed: merge again")

@@ -27,9 +27,10 @@ from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.kernels.dispatch import default_backend
 from motet.server.api.app import create_app
+from motet.server.api.base_info import BaseInfo
 from motet.server.api.measuring import text_score
 from motet.server.api.scoring import Scorer, golden_check
-from motet.server.api.service import BaseInfo, Keys, Service
+from motet.server.api.service import Keys, Service
 from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
@@ -37,6 +38,7 @@ from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import BlockId, GenerationId, Lease as EngineLease, Plan, Sampling, Span
+from motet.server.merging import Merging, encoder
 from motet.server.metrics import Metrics
 from motet.server.model.attention import KvCache
 from motet.server.model.batch import EffectsBuilder
@@ -259,8 +261,8 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
     prepare = functools.partial(_prepare_steps, assembled.runner, assembled.threads)
     engine = Engine(scheduler, assembled.runner, streams.publish, end_lease, prepare)
     check = score = None
+    scorer = Scorer(base, engine, streams)
     if golden:
-        scorer = Scorer(base, engine, streams)
         check, score = golden_check(scorer, loop), text_score(scorer, loop, loaded.tokenizer)
     registry = Registry(loaded.base, residency, assembled.cache, check, score)
     return Service(
@@ -269,6 +271,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         registry=registry,
         engine=engine,
         streams=streams,
+        merging=Merging(registry, scorer, encoder(loaded.tokenizer)),
         metrics=Metrics(
             engine_state=lambda: engine.state,
             adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),

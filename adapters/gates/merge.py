@@ -29,6 +29,9 @@ DEFAULT_BETA = 1.0
 DEFAULT_TOP_K = 2
 """What the authors' code begins its search from."""
 
+MOST_EXAMPLES, MOST_LABELS = 512, 128
+"""Of a support set that a request gives."""
+
 SUM_TOLERANCE = 1e-3
 """Of given weights around one: three decimals, as people write thirds."""
 

@@ -45,4 +45,7 @@ class PoolGate:
                 f"the adapter is a pool of {self.members} members: give gate.weights, or merge it first and use the "
                 "merge's name as model",
             )
-        return tuple(merge.explicit(weights, self.members).tolist())
+        try:
+            return tuple(merge.explicit(weights, self.members).tolist())
+        except GateError as error:
+            raise GateError("weights", str(error)) from error

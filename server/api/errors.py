@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from motet.adapters import errors as adapter_errors
+from motet.server.api.scoring import ScoringError
 
 
 class ApiError(Exception):
@@ -110,6 +111,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(adapter_errors.AdapterError)
     async def _adapter(request: Request, error: adapter_errors.AdapterError) -> JSONResponse:
         return await _api(request, from_adapter_error(error))
+
+    @app.exception_handler(ScoringError)
+    async def _scoring(request: Request, error: ScoringError) -> JSONResponse:
+        return await _api(request, ApiError(500, str(error), code="generation_failed"))
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:

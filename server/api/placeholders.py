@@ -55,11 +55,11 @@ class Placeholders:
             ids = items.get(field) or ()
             if len(ids) != len(found) and (found or field != "history"):
                 raise GateError(
-                    field,
+                    f"gate.{field}",
                     f"the prompt has {len(found)} markers {self._gate.placeholders[field]!r}, and gate.{field} has "
                     f"{len(ids)} items; give one item for each marker",
                 )
             if found:
-                rows_ND = self._gate.item_rows(ids, field)
+                rows_ND = self._gate.item_rows(ids, f"gate.{field}")
                 given |= {at: GivenInput(item, row_D) for at, item, row_D in zip(found, ids, rows_ND, strict=True)}
         return [STAND_IN if at in given else token for at, token in enumerate(prompt)], given

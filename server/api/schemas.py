@@ -1,6 +1,6 @@
 """Request bodies of the OpenAI endpoints. What is not here is a 400, and so is what cannot be honoured.
 
-Must not know: the engine, tokens, adapters.
+Must not know: the engine, tokens, which adapters there are.
 """
 
 from __future__ import annotations
@@ -9,12 +9,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from motet.adapters.gates.merge import DEFAULT_BETA, DEFAULT_GAMMA, DEFAULT_TOP_K, MOST_EXAMPLES
+
 Text = Annotated[str, StringConstraints(min_length=0)]
 """Text that has a UTF-8 form: the constraint makes pydantic look, and refuse half of a surrogate pair."""
 TokenIds = list[Annotated[int, Field(ge=0)]]
 MOST_STOPS = 16
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20
+MOST_BETA = 1e6
+"""Cosines that differ by a millionth are then e to one apart; more would only overflow."""
+MOST_SEED = 1 << 63
+"""What random generators take."""
+MOST_EXPIRES_S = 7 * 24 * 3600
 
 
 class Body(BaseModel):
@@ -55,6 +62,35 @@ class PartBody(Body):
     weight: float
 
 
+class ExampleBody(Body):
+    """One example of a support set."""
+
+    text: Text = Field(min_length=1)
+    label: Text = Field(min_length=1, max_length=256)
+
+
+class MergeBody(Body):
+    """How a pool is merged: by a support set, or by weights; `expires_s` seconds long a merge is remembered at least.
+
+    The support is needed in both cases: the merge classifies by it.
+    """
+
+    support: list[ExampleBody] = Field(min_length=2, max_length=MOST_EXAMPLES)
+    top_k: int = Field(default=DEFAULT_TOP_K, ge=1)
+    beta: float = Field(default=DEFAULT_BETA, ge=0, le=MOST_BETA)
+    gamma: float = Field(default=DEFAULT_GAMMA, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=0, lt=MOST_SEED)
+    weights: list[float] | Literal["uniform"] | None = None
+    expires_s: int = Field(default=3600, ge=1, le=MOST_EXPIRES_S)
+
+
+class ClassifyBody(Body):
+    """POST /v1/classify."""
+
+    model: str = Field(min_length=1)
+    input: Text | list[Text]
+
+
 class GenerationBody(Body):
     """What completions and chat completions share.
 
@@ -84,10 +120,11 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     gate: GateBody | None = None
+    merge: MergeBody | None = None
     adapters: list[PartBody] | None = Field(default=None, min_length=1)
     merge_method: Literal["linear", "ties", "dare_ties"] = "linear"
     density: float | None = None
-    merge_seed: int | None = None
+    merge_seed: int | None = Field(default=None, ge=0, lt=MOST_SEED)
     user: str | None = None
     request_id: str | None = None
     metadata: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ from motet.adapters.errors import GoldenError
 from motet.adapters.golden import GOLDEN_FILE, Golden, compare
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Check
-from motet.server.api.service import BaseInfo
+from motet.server.api.base_info import BaseInfo
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Applied, FinishReason, Sampling, TokenEvent

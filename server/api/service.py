@@ -16,7 +16,8 @@ from motet.adapters.errors import AdapterNotFoundError, GateError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
-from motet.server.api import uses
+from motet.server.api import merge_asks, uses
+from motet.server.api.base_info import BaseInfo
 from motet.server.api.errors import ApiError
 from motet.server.api.placeholders import Placeholders
 from motet.server.api.schemas import GenerationBody
@@ -25,6 +26,8 @@ from motet.server.api.voice import Voice
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Applied
+from motet.server.merged import Merged
+from motet.server.merging import MARK, Merging
 from motet.server.metrics import Metrics
 
 FAILURES_UNHEALTHY = 3
@@ -37,25 +40,6 @@ class Keys:
 
     inference: tuple[str, ...] = ()
     admin: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BaseInfo:
-    """What clients may know of the base model.
-
-    Attributes:
-        max_length: prompt and generated tokens together.
-        created_s: Unix time the server loaded it.
-    """
-
-    name: str
-    fingerprint: str
-    max_length: int
-    vocabulary: int
-    end_tokens: frozenset[int]
-    dtype: str
-    device: str
-    created_s: int
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +58,7 @@ class Service:
     registry: Registry
     engine: Engine
     streams: Streams
+    merging: Merging
     metrics: Metrics
     keys: Keys
     adapter_roots: Sequence[Path]
@@ -100,12 +85,7 @@ class Service:
         try:
             return self.registry.acquire(model)
         except AdapterNotFoundError as error:
-            raise ApiError(
-                404,
-                f"model {model!r} does not exist; GET /v1/models lists the base model and its adapters",
-                code="model_not_found",
-                param="model",
-            ) from error
+            raise _unknown(model) from error
 
     @contextlib.asynccontextmanager
     async def voice(self, body: GenerationBody) -> AsyncIterator[Voice]:
@@ -132,6 +112,12 @@ class Service:
                 return [await uses.merged(self.registry, body, parts)]
             finally:
                 uses.release(self.registry, parts)
+        if body.merge is not None:
+            return [self._of_merge(await merge_asks.inline(self.merging, body.model, body.merge))]
+        if (merged := self.merging.find(body.model)) is not None:
+            if body.gate is not None:
+                raise GateError("gate", f"merge {body.model!r} has its factors already; remove the field")
+            return [self._of_merge(merged)]
         lease = self.resolve(body.model)
         if lease is None:
             if body.gate is not None:
@@ -142,6 +128,12 @@ class Service:
         except BaseException:
             self.registry.release(lease)
             raise
+
+    def _of_merge(self, merged: Merged) -> Applied:
+        try:
+            return Applied(self.merging.acquire(merged), merged.alpha)
+        except AdapterNotFoundError as error:
+            raise _unknown(merged.name) from error
 
     def _voice(self, applied: list[Applied], body: GenerationBody) -> Voice:
         if not applied:
@@ -192,6 +184,11 @@ class Service:
             )
         if not _has_key(authorization, self.keys.admin):
             raise ApiError(401, "the admin key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _unknown(model: str) -> ApiError:
+    known = "it has expired, or its pool changed: merge again" if MARK in model else "GET /v1/models lists what does"
+    return ApiError(404, f"model {model!r} does not exist; {known}", code="model_not_found", param="model")
 
 
 def _has_key(authorization: str | None, keys: Sequence[str]) -> bool:

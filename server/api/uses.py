@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from motet.adapters import mixture
-from motet.adapters.errors import GateError
-from motet.adapters.gates.instance import InstanceGate, UserInput
+from motet.adapters.errors import AdapterNotFoundError, GateError
+from motet.adapters.gates.instance import UserInput
 from motet.adapters.gates.pool import PoolGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion, Digest
+from motet.server.api.errors import from_adapter_error
 from motet.server.api.schemas import GateBody, GenerationBody
 from motet.server.engine.types import Applied
+
+T = TypeVar("T")
 
 
 def require_one_way(body: GenerationBody, base: str) -> None:
@@ -27,6 +30,12 @@ def require_one_way(body: GenerationBody, base: str) -> None:
     Raises:
         GateError: the fields contradict each other.
     """
+    if body.merge is not None:
+        if body.adapters is not None or body.gate is not None:
+            other = "gate" if body.adapters is None else "adapters"
+            raise GateError(other, f"a merge finds the factors by itself; give either merge or {other}")
+        if body.model == base:
+            raise GateError("merge", f"a merge needs model to name a pool, not {base!r}, the base")
     if body.adapters is None:
         for field in ("merge_method", "density", "merge_seed"):
             if field in body.model_fields_set:
@@ -36,8 +45,10 @@ def require_one_way(body: GenerationBody, base: str) -> None:
         raise GateError("adapters", f"a mixture needs model {base!r}, the base, not {body.model!r}")
     if body.gate is not None:
         raise GateError("gate", "a mixture has no gate; its weights are the adapters' own")
-    if body.merge_method == "linear" and {"density", "merge_seed"} & body.model_fields_set:
-        raise GateError("merge_method", "density and merge_seed mean nothing to a linear mixture; choose another")
+    meaningless = {"linear": ("density", "merge_seed"), "ties": ("merge_seed",), "dare_ties": ()}[body.merge_method]
+    for field in meaningless:
+        if field in body.model_fields_set:
+            raise GateError(field, f"{field} means nothing to merge_method {body.merge_method!r}; remove either")
 
 
 async def gated(lease: Lease, gate: GateBody | None) -> Applied:
@@ -52,17 +63,25 @@ async def gated(lease: Lease, gate: GateBody | None) -> Applied:
             raise GateError("gate", f"adapter {name!r} has no gate; remove the field")
         return Applied(lease)
     if isinstance(own, PoolGate):
-        if gate is not None and (gate.history or gate.user_embedding or gate.candidates):
-            raise GateError("gate", f"adapter {name!r} is a pool: of a gate it takes weights only")
-        return Applied(lease, own.factors(None if gate is None else gate.weights))
+        if gate is None:
+            return Applied(lease, own.factors(None))
+        if others := gate.model_fields_set - {"weights"}:
+            raise GateError(f"gate.{min(others)}", f"adapter {name!r} is a pool: of a gate it takes weights only")
+        return Applied(lease, _of_gate(lambda: own.factors(gate.weights)))
     if gate is None:
         raise GateError("gate", f"adapter {name!r} answers by its user: give gate.history, user_embedding or weights")
     user = UserInput(gate.history, gate.user_embedding, gate.weights)
-    return Applied(lease, await asyncio.to_thread(_factors, own, user))
+    factors = await asyncio.to_thread(_of_gate, lambda: own.factors([user])[0].tolist())
+    return Applied(lease, tuple(factors))
 
 
-def _factors(gate: InstanceGate, user: UserInput) -> tuple[float, ...]:
-    return tuple(gate.factors([user])[0].tolist())
+def _of_gate(factors: Callable[[], T]) -> T:
+    """Factors of a gate; errors name its fields as they stand in the request."""
+    try:
+        return factors()
+    except GateError as error:
+        field = error.field if error.field == "gate" else f"gate.{error.field}"
+        raise GateError(field, str(error)) from error
 
 
 def mixed(registry: Registry, body: GenerationBody) -> list[Applied]:
@@ -70,15 +89,19 @@ def mixed(registry: Registry, body: GenerationBody) -> list[Applied]:
 
     Raises:
         GateError: an adapter cannot be mixed, or a weight is impossible.
-        AdapterNotFoundError: there is no such adapter.
+        ApiError: there is no such adapter.
     """
     parts = body.adapters or []
     mixture.require_weights([part.weight for part in parts])
     applied: list[Applied] = []
     try:
         for place, part in enumerate(parts):
-            applied.append(Applied(registry.acquire(part.name), (float(part.weight),)))
-            if why := held(applied[-1]).resident.unmixable:
+            try:
+                lease = registry.acquire(part.name)
+            except AdapterNotFoundError as error:
+                raise from_adapter_error(error, f"adapters.{place}.name") from error
+            applied.append(Applied(lease, (float(part.weight),)))
+            if why := lease.resident.unmixable:
                 raise GateError(f"adapters.{place}.name", f"adapter {part.name!r} cannot be mixed: {why}; leave it out")
     except BaseException:
         release(registry, applied)

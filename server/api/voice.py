@@ -37,7 +37,7 @@ class Voice:
     @property
     def prompt_vocabulary(self) -> int:
         """Ids of prompts are below this: markers of items are among them."""
-        return self.vocabulary if self.placeholders is None else self.placeholders.vocabulary
+        return self.vocabulary if self.placeholders is None else max(self.vocabulary, self.placeholders.vocabulary)
 
     def placed(self, prompt: Sequence[int]) -> tuple[Sequence[int], Mapping[int, GivenInput]]:
         """The prompt without markers, and what stands in their places.

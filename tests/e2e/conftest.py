@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from motet.server.model.default_model import ensure_default_model
+from tests.e2e.gated import Gated, serving
 from tests.e2e.process import ADMIN_KEY, Server
 from tests.support.layout import Layout
 from tests.support.layouts import make
@@ -110,6 +111,12 @@ def administered(
     arguments += ["--adapter", f"tuned={tiny_adapter}", "--adapter", declared, "--adapter-root", str(tiny_root)]
     log = tmp_path_factory.mktemp("administered") / "log"
     yield from _running(Server(arguments, log, MOTET_ADMIN_KEY=ADMIN_KEY))
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_tokenizer: Any) -> Iterator[Gated]:
+    """The random Llama, "tiny", with adapters whose factors each request gives."""
+    yield from serving(tmp_path_factory.mktemp("gated"), tiny_model, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

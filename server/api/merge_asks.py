@@ -1,0 +1,40 @@
+"""What a request says of a merge, as `merging` takes it.
+
+Must not know: HTTP, how merges are made.
+"""
+
+from __future__ import annotations
+
+from motet.adapters.errors import GateError
+from motet.server.api.schemas import MergeBody
+from motet.server.merged import Ask, Merged
+from motet.server.merging import Merging
+
+
+def ask_of(body: MergeBody) -> Ask:
+    """The ask; equal bodies, whatever their `expires_s`, give equal ones.
+
+    Raises:
+        GateError: weights are given, and what would find them too.
+    """
+    support = tuple((example.text, example.label) for example in body.support)
+    if body.weights is None:
+        return Ask(support, body.top_k, body.beta, body.gamma, body.seed)
+    if meaningless := {"top_k", "beta", "gamma", "seed"} & body.model_fields_set:
+        raise GateError(min(meaningless), f"{min(meaningless)} means nothing where weights are given; remove either")
+    return Ask(support, weights=body.weights if isinstance(body.weights, str) else tuple(body.weights))
+
+
+async def inline(merging: Merging, pool: str, body: MergeBody) -> Merged:
+    """The merge of a request that brings its support along.
+
+    Raises:
+        AdapterNotFoundError: there is no such pool.
+        GateError: the merge is not possible; the field is named as it stands in the request.
+        ScoringError: a step failed.
+    """
+    try:
+        return await merging.make(pool, ask_of(body), body.expires_s)
+    except GateError as error:
+        field = error.field if error.field == "model" else f"merge.{error.field}"
+        raise GateError(field, str(error)) from error
