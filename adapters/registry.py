@@ -244,7 +244,7 @@ class Registry:
         lowered = lowering.lowered
         gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
         try:
-            slot = self.residency.place(lowered)
+            slot = self.derived.place(lowered)
         except ArenaFullError as error:
             exact = lowering.exact or lowering
             raise ArenaFullError(f"{error}{offer(exact.lowered, self.base, self.residency.bytes_needed)}") from None

@@ -29,6 +29,7 @@ from motet.kernels.dispatch import default_backend
 from motet.server.api.app import create_app
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.measuring import text_score
+from motet.server.api.merging import Merging, encoder
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Keys, Service
 from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
@@ -38,7 +39,6 @@ from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import BlockId, GenerationId, Lease as EngineLease, Plan, Sampling, Span
-from motet.server.merging import Merging, encoder
 from motet.server.metrics import Metrics
 from motet.server.model.attention import KvCache
 from motet.server.model.batch import EffectsBuilder

@@ -6,9 +6,9 @@ Must not know: HTTP, how merges are made.
 from __future__ import annotations
 
 from motet.adapters.errors import GateError
+from motet.server.api.merged import Ask, Merged
+from motet.server.api.merging import Merging
 from motet.server.api.schemas import MergeBody
-from motet.server.merged import Ask, Merged
-from motet.server.merging import Merging
 
 
 def ask_of(body: MergeBody) -> Ask:

@@ -12,9 +12,9 @@ from fastapi.responses import Response
 
 from motet.adapters.errors import AdapterNotFoundError
 from motet.server.api.merge_asks import ask_of
+from motet.server.api.merged import Merged
 from motet.server.api.schemas import MergeBody
 from motet.server.api.service import Service
-from motet.server.merged import Merged
 
 
 def router(service: Service) -> APIRouter:

@@ -65,8 +65,8 @@ class PartBody(Body):
 class ExampleBody(Body):
     """One example of a support set."""
 
-    text: Text = Field(min_length=1)
-    label: Text = Field(min_length=1, max_length=256)
+    text: Annotated[str, StringConstraints(min_length=1)]
+    label: Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class MergeBody(Body):

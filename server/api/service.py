@@ -19,6 +19,8 @@ from motet.adapters.registry import Registry
 from motet.server.api import merge_asks, uses
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.errors import ApiError
+from motet.server.api.merged import Merged
+from motet.server.api.merging import MARK, Merging
 from motet.server.api.placeholders import Placeholders
 from motet.server.api.schemas import GenerationBody
 from motet.server.api.text import Tokenizer
@@ -26,8 +28,6 @@ from motet.server.api.voice import Voice
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Applied
-from motet.server.merged import Merged
-from motet.server.merging import MARK, Merging
 from motet.server.metrics import Metrics
 
 FAILURES_UNHEALTHY = 3
@@ -113,11 +113,15 @@ class Service:
             finally:
                 uses.release(self.registry, parts)
         if body.merge is not None:
-            return [self._of_merge(await merge_asks.inline(self.merging, body.model, body.merge))]
-        if (merged := self.merging.find(body.model)) is not None:
+            try:
+                merged = await merge_asks.inline(self.merging, body.model, body.merge)
+            except AdapterNotFoundError as error:
+                raise _unknown(body.model) from error
+            return [self._of_merge(merged)]
+        if (known := self.merging.find(body.model)) is not None:
             if body.gate is not None:
                 raise GateError("gate", f"merge {body.model!r} has its factors already; remove the field")
-            return [self._of_merge(merged)]
+            return [self._of_merge(known)]
         lease = self.resolve(body.model)
         if lease is None:
             if body.gate is not None:

@@ -32,7 +32,9 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
 def test_no_valid_key(keyed: Server, key: str) -> None:
     body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
     headers = {"Authorization": f"Bearer {key}".strip()}
-    for method, path in (("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny")):
+    asked = [("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("POST", "/v1/classify")]
+    asked += [("POST", "/v1/adapters/a/merges"), ("GET", "/v1/adapters/a/merges"), ("GET", "/v1/adapters/a/merges/b")]
+    for method, path in (*asked, ("DELETE", "/v1/adapters/a/merges/b")):
         for sent in (headers, {}, {"Authorization": f"Basic {KEYS[0]}"}, {"X-API-Key": KEYS[0]}):
             response = keyed.http.request(method, path, json=body, headers=sent)
             assert response.status_code == 401

@@ -99,6 +99,14 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         0, 1e-5, "a softmax, of order 1, after 19 float32 convolutions; batch norm folded in or not"
     ),
     ("merge scores", torch.float32): Tolerance(0, 1e-6, "cosines, of order 1, summed in float64 and rounded once"),
+    ("scores of served features", torch.float32): Tolerance(
+        0,
+        1e-5,
+        "cosines of features from three float32 layers, which sum in another order; α and probabilities of them",
+    ),
+    ("weights of served features", torch.float32): Tolerance(
+        0, 5e-5, "a softmax over scores that are off by 1e-5 each, times β = 9, times a slope of at most a quarter"
+    ),
     ("image features", torch.float32): Tolerance(
         0, 1e-5, "two blocks of float32 sums of up to 48 terms against float64; features of order 1 after the norm"
     ),

@@ -18,6 +18,7 @@ from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion
 from motet.server.api.app import create_app
 from motet.server.api.base_info import BaseInfo
+from motet.server.api.merging import Merging, encoder
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Keys, Service
 from motet.server.engine.blocks import BlockPool
@@ -25,7 +26,6 @@ from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult, TokenLogprobs
-from motet.server.merging import Merging, encoder
 from motet.server.metrics import Metrics
 from tests.support.bases import residency_of
 from tests.support.tokenizer import byte_tokenizer

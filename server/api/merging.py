@@ -24,10 +24,10 @@ from motet.adapters.gates import merge
 from motet.adapters.gates.pool import PoolGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
+from motet.server.api.merged import Ask, Merged
 from motet.server.api.scoring import Question, Scorer
 from motet.server.api.text import Tokenizer
 from motet.server.engine.types import Applied
-from motet.server.merged import Ask, Merged
 
 MARK = "@merge-"
 """Between a pool's name and the digest in the name of a merge."""
@@ -85,7 +85,8 @@ class Merging:
                 known = await asyncio.shield(self._task(name, lease, gate, ask))
         finally:
             self.registry.release(lease)
-        kept = replace(known, expires_s=max(known.expires_s, self.clock() + lifetime_s))
+        latest_s = self._merges.get(name, known).expires_s  # others may have asked for longer meanwhile
+        kept = replace(known, expires_s=max(latest_s, self.clock() + lifetime_s))
         self._merges[name] = kept
         self._merges.move_to_end(name)
         while len(self._merges) > MOST_MERGES:
@@ -168,14 +169,8 @@ class Merging:
     def _task(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> asyncio.Task[Merged]:
         """The one that makes the merge; it goes on when whoever asked goes away, and so has a lease of its own."""
         if name not in self._running:
-
-            def done(task: asyncio.Task[Merged]) -> None:
-                del self._running[name]
-                if not task.cancelled():
-                    task.exception()  # nobody may be left to hear of it
-
             self._running[name] = asyncio.create_task(self._made(name, self.registry.renew(lease), gate, ask))
-            self._running[name].add_done_callback(done)
+            self._running[name].add_done_callback(lambda _: self._running.pop(name))
         return self._running[name]
 
     async def _made(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> Merged:

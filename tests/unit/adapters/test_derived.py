@@ -1,0 +1,143 @@
+"""Adapters made of others: made once, kept while there is room, and never freed under a lease."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from motet.adapters.derived import MOST, Derived
+from motet.adapters.effects import Lowered
+from motet.adapters.errors import ArenaFullError, GateError
+from motet.adapters.lease import Lease, Leases
+from motet.adapters.residency import Residency
+from motet.adapters.version import AdapterVersion, Digest
+from tests.support.bases import base_of_names, residency_of
+from tests.unit.adapters.test_lease import lowered
+
+BASE = base_of_names(["q"])
+SIZE = residency_of(BASE).bytes_needed(lowered())
+
+
+class Made:
+    """Derived adapters in an arena of a few places; remembers in which order they were made."""
+
+    def __init__(self, places: int) -> None:
+        self.residency: Residency = residency_of(BASE, places * SIZE)
+        self.leases = Leases(self.residency)
+        self.derived = Derived(self.residency, self.leases)
+        self.order: list[int] = []
+
+    def acquire(self, number: int) -> Lease:
+        def make() -> Lowered:
+            self.order.append(number)
+            return lowered(number)
+
+        return self.derived.acquire(AdapterVersion("merged", Digest(f"{number:064x}")), make)
+
+    def use(self, number: int) -> None:
+        self.leases.release(self.acquire(number))
+
+    @property
+    def used(self) -> int:
+        return self.residency.used_bytes // SIZE
+
+
+def test_made_once() -> None:
+    made = Made(4)
+    first, again = made.acquire(1), made.acquire(1)
+    assert first.slot == again.slot
+    assert made.order == [1]
+    made.use(2)
+    assert made.order == [1, 2]
+    assert made.used == 2
+
+
+def test_made_once_when_many_ask_at_the_same_time() -> None:
+    made, together = Made(4), threading.Barrier(8)
+
+    def ask(_: int) -> Lease:
+        together.wait(10)
+        return made.acquire(1)
+
+    with ThreadPoolExecutor(8) as threads:
+        leases = list(threads.map(ask, range(8)))
+    assert made.order == [1]
+    assert leases[0].resident.leases == 8
+    assert len({lease.slot for lease in leases}) == 1
+
+
+def test_a_full_arena_drops_the_one_used_longest_ago() -> None:
+    made = Made(2)
+    made.use(1)
+    made.use(2)
+    made.use(1)
+    made.use(3)
+    assert made.used == 2
+    made.use(1)
+    assert made.order == [1, 2, 3]
+    made.use(2)
+    assert made.order == [1, 2, 3, 2]
+
+
+def test_what_is_leased_is_never_dropped() -> None:
+    made = Made(2)
+    held = made.acquire(1)
+    made.use(2)
+    made.use(3)
+    assert made.order == [1, 2, 3]
+    other = made.acquire(3)
+    with pytest.raises(ArenaFullError):
+        made.acquire(4)
+    made.leases.release(other)
+    made.use(4)
+    assert made.used == 2
+    assert made.acquire(1).slot == held.slot
+
+
+def test_no_more_than_so_many_are_kept() -> None:
+    made = Made(2 * MOST)
+    for number in range(MOST + 3):
+        made.use(number)
+        assert made.used == min(number + 1, MOST)
+    made.use(3)
+    assert len(made.order) == MOST + 3
+    made.use(2)
+    assert made.order[-1] == 2
+
+
+def test_more_may_be_leased_and_the_newest_is_not_dropped() -> None:
+    made = Made(2 * MOST)
+    leases = [made.acquire(number) for number in range(MOST + 2)]
+    assert made.used == MOST + 2
+    for lease in leases:
+        made.leases.release(lease)
+    made.use(99)
+    assert made.used == MOST
+
+
+def test_a_loaded_adapter_takes_the_room_of_those_nobody_uses() -> None:
+    made = Made(2)
+    held = made.acquire(1)
+    made.use(2)
+    slot = made.derived.place(lowered(7))
+    assert made.used == 2
+    assert slot != held.slot
+    with pytest.raises(ArenaFullError):
+        made.derived.place(lowered(8))
+    made.use(1)
+    assert made.order == [1, 2]
+
+
+def test_one_that_cannot_be_made_leaves_nothing() -> None:
+    made = Made(1)
+
+    def fail() -> Lowered:
+        raise GateError("adapters", "no")
+
+    with pytest.raises(GateError):
+        made.derived.acquire(AdapterVersion("merged", Digest("f" * 64)), fail)
+    assert made.used == 0
+    made.use(1)
+    assert made.used == 1
