@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from motet.adapters.recipes.errors import DataError
-from motet.adapters.recipes.readers import Example
+from motet.adapters.recipes.readers import Example, History
 
 IGNORED = -100
 """Label of a position that is not part of an answer; cross_entropy's own."""
@@ -31,10 +31,15 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Rows of (question, answer) token ids without the prefix that begins all of them: the system message."""
+    """Rows of (question, answer) token ids without the prefix that begins all of them: the system message.
+
+    Attributes:
+        histories: of each row's user; none where nothing depends on users.
+    """
 
     prefix: list[int]
     rows: list[tuple[list[int], list[int]]]
+    histories: Sequence[History] = ()
 
     @classmethod
     def of(cls, tokenizer: Any, examples: Sequence[Example]) -> Corpus:
@@ -46,9 +51,14 @@ class Corpus:
         prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
         return cls(prefix, [(asked[len(prefix) :], told) for asked, told in rows])
 
+    def personal(self, histories: Sequence[History]) -> Corpus:
+        """The same rows, each with its user and the whole prefix, of which the model makes something else for each."""
+        assert len(histories) == len(self.rows), (len(histories), len(self.rows))
+        return Corpus([], [(self.prefix + asked, told) for asked, told in self.rows], histories)
+
     def digest(self) -> str:
-        """SHA-256 of all token ids and where each row ends."""
-        return hashlib.sha256(repr((self.prefix, self.rows)).encode()).hexdigest()
+        """SHA-256 of all token ids, where each row ends, and the histories."""
+        return hashlib.sha256(repr((self.prefix, self.rows, self.histories)).encode()).hexdigest()
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of these numbers."""
@@ -57,8 +67,12 @@ class Corpus:
         labels = [torch.tensor([IGNORED] * len(asked) + told) for asked, told in chosen]
         return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORED)
 
-    def batches(self, steps: int, size: int, seed: int) -> Iterator[Batch]:
-        """`steps` batches of `size` rows, every row once before any row twice.
+    def users(self, numbers: Sequence[int]) -> list[History]:
+        """The histories of the rows of these numbers."""
+        return [self.histories[number] for number in numbers]
+
+    def draws(self, steps: int, size: int, seed: int) -> Iterator[list[int]]:
+        """The numbers of the rows of `steps` batches of `size`, every row once before any row twice.
 
         Raises:
             DataError: there are fewer rows than a batch has.
@@ -74,7 +88,7 @@ class Corpus:
             pool = order[start : min(start + POOL_BATCHES * size, steps * size)]
             pool.sort(key=lambda number: sum(map(len, self.rows[number])))
             for first in source.sample(range(0, len(pool), size), len(pool) // size):
-                yield self.batch(pool[first : first + size])
+                yield pool[first : first + size]
 
 
 def chat_ids(tokenizer: Any, question: str) -> list[int]:

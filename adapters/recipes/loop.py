@@ -69,7 +69,11 @@ class Loop:
                 each product differs.
         """
         self._trainee, self.corpus, self._schedule, self._autocast = trainee, corpus, schedule, autocast
-        self._optimizer = torch.optim.AdamW(trainee.trainable.values(), lr=schedule.learning_rate, weight_decay=0.0)
+        by_share: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in trainee.trainable.items():
+            by_share.setdefault(trainee.rates.get(name, 1.0), []).append(parameter)
+        groups = [{"params": parameters, "share": share} for share, parameters in by_share.items()]
+        self._optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, weight_decay=0.0)
         self._losses: list[float] = []
 
     @property
@@ -84,14 +88,17 @@ class Loop:
 
     def __iter__(self) -> Iterator[float]:
         schedule = self._schedule
-        batches = self.corpus.batches(schedule.steps, schedule.batch, schedule.seed)
-        for batch in islice(batches, self.done, None):
-            self._optimizer.param_groups[0]["lr"] = schedule.rate(self.done)
+        draws = self.corpus.draws(schedule.steps, schedule.batch, schedule.seed)
+        for numbers in islice(draws, self.done, None):
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["share"] * schedule.rate(self.done)
             self._trainee.before_step(self.done, schedule.steps)
             self._forget_frozen()
             self._trainee.model.train()
+            if self._trainee.for_users is not None:
+                self._trainee.for_users(self.corpus.users(numbers))
             with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-                logits_NV, labels_N = answer_logits(self._trainee.model, self.corpus.prefix, batch)
+                logits_NV, labels_N = answer_logits(self._trainee.model, self.corpus.prefix, self.corpus.batch(numbers))
                 loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
                 further = self._trainee.further_loss
                 total = loss if further is None else loss + further(logits_NV, labels_N)
@@ -145,6 +152,8 @@ def held_out_losses(
     sums, counts = [0.0] * len(order), [len(told) for _, told in corpus.rows]
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
+        if trainee.for_users is not None:
+            trainee.for_users(corpus.users(numbers))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses = answer_losses(trainee.model, corpus.prefix, corpus.batch(numbers))
         parts = torch.split(losses, [counts[number] for number in numbers])

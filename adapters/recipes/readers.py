@@ -12,6 +12,8 @@ from typing import Any
 
 Example = tuple[str, str]
 """Question, answer."""
+History = tuple[int, ...]
+"""Ids of the items that a user had before, oldest first."""
 Facts = frozenset[tuple[str, str]]
 """What a text says, free of its order, case and quotes."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from motet.adapters.checkpoint import MODEL_CONFIG
-from motet.adapters.recipes import checkpoint, knowledge
+from motet.adapters.recipes import checkpoint, knowledge, users
 from motet.adapters.recipes.corpus import Corpus, packed
 from motet.adapters.recipes.errors import OutputError, TargetError
 from motet.adapters.recipes.loop import Loop, Schedule
@@ -107,8 +107,13 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
         choices = [task.choices for task in tasks if task.choices is not None]
         return label_tokens(base.tokenizer, choices) if len(choices) == len(tasks) else ()
 
-    setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, samples, classes)
+    def encoder() -> Mapping[str, torch.Tensor]:
+        return users.encoder(tasks, data)
+
+    setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, samples, classes, encoder)
     trainee = STARTS[order.method](setup)
+    if trainee.for_users is not None:
+        corpus = corpus.personal(users.histories(tasks, data, "train"))
     return trainee, Loop(trainee, corpus, Schedule(order.steps, order.learning_rate, order.batch, order.seed))
 
 

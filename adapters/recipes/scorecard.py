@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from motet.adapters.recipes.readers import Example
+from motet.adapters.recipes import users
+from motet.adapters.recipes.readers import Example, History
 from motet.adapters.recipes.run import Order
 from motet.adapters.recipes.scoring import Track, answers, score
-from motet.adapters.recipes.tasks import JOINED, Task, examples
+from motet.adapters.recipes.tasks import JOINED, Task, examples, split_name
 
 FILE = "scores.json"
 ROWS_SEED = 0
@@ -29,11 +30,13 @@ class Exam:
 
     Attributes:
         n_all: rows that the split has.
+        histories: of each row's user; none where the task has none.
     """
 
     task: Task
     rows: Sequence[Example]
     n_all: int
+    histories: Sequence[History] = ()
 
     @classmethod
     def of(cls, task: Task, data: Path, n_rows: int) -> Exam:
@@ -43,16 +46,36 @@ class Exam:
             DataError: the data is absent.
         """
         tests = examples(task, data, "test")
-        return cls(task, random.Random(ROWS_SEED).sample(tests, min(n_rows, len(tests))), len(tests))
+        chosen = random.Random(ROWS_SEED).sample(range(len(tests)), min(n_rows, len(tests)))
+        known = users.histories([task], data, "test") if task.history is not None else []
+        histories = [known[number] for number in chosen] if known else ()
+        return cls(task, [tests[number] for number in chosen], len(tests), histories)
 
-    def taken_by(self, model: Any, tokenizer: Any, track: Track[int], told: bool) -> Result:
+    def taken_by(
+        self,
+        model: Any,
+        tokenizer: Any,
+        track: Track[int],
+        told: bool,
+        for_users: Callable[[Sequence[History]], None] | None = None,
+    ) -> Result:
         """A model's scores.
 
         Args:
             told: whether it is told the form of the answer, as a base model must be.
+            for_users: the trainee's, which the model must be told its rows' users by.
         """
-        scores = score(model, tokenizer, self.task, self.rows, self.task.hint if told else "", track)
-        return Result(scores, answers(model, tokenizer, self.task, [self.task.demo])[0][0])
+
+        def before(numbers: Sequence[int]) -> None:
+            if for_users is not None:
+                for_users([self.histories[number] for number in numbers])
+
+        def before_demo(_: Sequence[int]) -> None:
+            if for_users is not None:
+                for_users([self.task.demo_history])
+
+        scores = score(model, tokenizer, self.task, self.rows, self.task.hint if told else "", track, before)
+        return Result(scores, answers(model, tokenizer, self.task, [self.task.demo], before=before_demo)[0][0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +96,7 @@ def write(
     """
     sections = {
         name: {
-            "split": f"{exam.task.data}.test",
+            "split": split_name(exam.task.data, "test"),
             "n": len(exam.rows),
             "of": exam.n_all,
             "base_told_the_format": base.scores,

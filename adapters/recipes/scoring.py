@@ -24,9 +24,18 @@ Track = Callable[[Sequence[Item]], Iterable[Item]]
 
 @torch.inference_mode()
 def answers(
-    model: Any, tokenizer: Any, task: Task, questions: Sequence[str], track: Track[int] = iter
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    questions: Sequence[str],
+    track: Track[int] = iter,
+    before: Callable[[Sequence[int]], None] = lambda _: None,
 ) -> tuple[list[str], list[list[float]]]:
-    """Greedy texts and, of each, the logits of the choices' first tokens; none without choices."""
+    """Greedy texts and, of each, the logits of the choices' first tokens; none without choices.
+
+    Args:
+        before: called before each batch with the numbers of its questions.
+    """
     texts: list[str] = [""] * len(questions)
     logits: list[list[float]] = [[]] * len(questions)
     first_tokens = [tokenizer(choice)["input_ids"][0] for choice in task.choices or ()]
@@ -36,7 +45,9 @@ def answers(
     for start in track(range(0, len(order), BATCH)):
         chosen = order[start : start + BATCH]
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
-        out = model.eval().generate(**batch, **keep, do_sample=False, max_new_tokens=task.answer_tokens)
+        model.eval()
+        before(chosen)
+        out = model.generate(**batch, **keep, do_sample=False, max_new_tokens=task.answer_tokens)
         for row, i in enumerate(chosen):
             texts[i] = tokenizer.decode(out.sequences[row, len(batch["input_ids"][0]) :], skip_special_tokens=True)
             if first_tokens:
@@ -45,7 +56,13 @@ def answers(
 
 
 def score(
-    model: Any, tokenizer: Any, task: Task, tests: Sequence[Example], hint: str = "", track: Track[int] = iter
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    tests: Sequence[Example],
+    hint: str = "",
+    track: Track[int] = iter,
+    before: Callable[[Sequence[int]], None] = lambda _: None,
 ) -> dict[str, float]:
     """Exact match and micro F1 of the facts, share of well-formed texts; with choices, accuracy by the logits.
 
@@ -53,8 +70,9 @@ def score(
 
     Args:
         hint: put before every question.
+        before: as `answers` calls it.
     """
-    texts, logits = answers(model, tokenizer, task, [hint + question for question, _ in tests], track)
+    texts, logits = answers(model, tokenizer, task, [hint + question for question, _ in tests], track, before)
     pairs = [(task.facts(text), task.facts(told) or frozenset()) for text, (_, told) in zip(texts, tests, strict=True)]
     metrics = {
         "exact_match": fmean(given == wanted for given, wanted in pairs),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from motet.adapters.recipes import corda, emtal, eva, lisa, plain, polar, s2ft
+from motet.adapters.recipes import corda, emtal, eva, ilora, lisa, plain, polar, s2ft
 from motet.adapters.recipes.trainee import Setup, Trainee
 
 STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
@@ -22,6 +22,7 @@ STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
     "polar": polar.start,
     "s2ft": s2ft.start,
     "emtal": emtal.start,
+    "ilora": ilora.start,
     "lisa": lisa.lisa,
     "full": lisa.full,
 }

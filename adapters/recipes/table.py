@@ -88,6 +88,12 @@ RECIPES: Mapping[str, Recipe] = {
         alpha=4,
         targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
+    "ilora": Recipe(
+        "LoRA whose parts are weighed by the history of each row's user",
+        1e-3,
+        alpha=32,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
     "lisa": Recipe("whole layers, a few at a time, and the embedding: a whole model", 3e-4, 0, 0, targets=()),
     "full": Recipe("every parameter all the time: a whole model", 1e-4, 0, 0, targets=()),
 }

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from motet.adapters.recipes import readers
+from motet.adapters.recipes import lastfm, readers
 from motet.adapters.recipes.errors import DataError
-from motet.adapters.recipes.readers import Example, Facts
+from motet.adapters.recipes.readers import Example, Facts, History
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,18 @@ class Task:
     """A bare question to a short answer.
 
     Attributes:
-        data: path below the data folder, without `.train.jsonl`, `.test.jsonl`.
+        data: path below the data folder, without `.train.jsonl`, `.test.jsonl`; with a slash at its end, of the folder
+            that has `train.jsonl`, `test.jsonl`.
         read: a row of the data; None where it does not fit.
         facts: what an answer is scored by; None where the text is not of the task's form.
         hint: put before the question for the base model only, which cannot know the form otherwise.
         answer_tokens: the longest answer asked for.
         choices: all answers there are, to rank by the logit of their first token as well; the rows are balanced
             between them.
+        prepare: what else of the data folder the rows need, put into those that are kept.
+        history: of the user of a row; None where the task has none.
+        encoder: path below the data folder of the SASRec that reads the histories.
+        demo_history: of the user who asks the demo question.
     """
 
     data: str
@@ -38,6 +43,10 @@ class Task:
     answer_tokens: int
     demo: str
     choices: tuple[str, ...] | None = None
+    prepare: Callable[[Path, list[dict[str, Any]]], list[dict[str, Any]]] = lambda _, rows: rows
+    history: Callable[[dict[str, Any]], History] | None = None
+    encoder: str | None = None
+    demo_history: History = ()
 
 
 TASKS: Mapping[str, Task] = {
@@ -89,6 +98,18 @@ TASKS: Mapping[str, Task] = {
         demo="Who is teaching EECS 484 next Winter?",
         choices=readers.KINDS,
     ),
+    "lastfm": Task(
+        data=lastfm.DATA,
+        read=lastfm.read,
+        facts=lastfm.facts,
+        hint=lastfm.HINT,
+        answer_tokens=24,
+        demo=lastfm.DEMO,
+        prepare=lastfm.prepare,
+        history=lambda row: row["history"],
+        encoder=lastfm.ENCODER,
+        demo_history=lastfm.DEMO_HISTORY,
+    ),
 }
 JOINED = "+"
 """Between the names of tasks that one adapter learns at once."""
@@ -124,24 +145,38 @@ def examples(task: Task, data: Path, split: str) -> list[Example]:
     Raises:
         DataError: the file is absent.
     """
-    found = [example for row in rows(data, task.data, split) if (example := task.read(row)) is not None]
+    found = [example for row in prepared(task, data, split) if (example := task.read(row)) is not None]
     if task.choices is None:
         return found
     sides = ([example for example in found if example[1] == choice] for choice in task.choices)
     return [example for turn in zip(*sides, strict=False) for example in turn]  # as many of each as of any other
 
 
+def prepared(task: Task, data: Path, split: str) -> list[dict[str, Any]]:
+    """The rows of a split as the task prepares them.
+
+    Raises:
+        DataError: a file is absent.
+    """
+    return task.prepare(data, rows(data, task.data, split))
+
+
 def rows(data: Path, name: str, split: str) -> list[dict[str, Any]]:
-    """The JSON objects of `NAME.SPLIT.jsonl` below the data folder.
+    """The JSON objects of a split's file.
 
     Raises:
         DataError: the file is absent.
     """
     try:
-        lines = (data / f"{name}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (data / f"{split_name(name, split)}.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(
-            f"training data {name}.{split}.jsonl cannot be read ({error.strerror}); "
+            f"training data {split_name(name, split)}.jsonl cannot be read ({error.strerror}); "
             "name the folder that has it with --data or MOTET_DATA"
         ) from error
     return [json.loads(line) for line in lines]
+
+
+def split_name(name: str, split: str) -> str:
+    """Path of a split's file below the data folder, without `.jsonl`; `name` as `Task.data`."""
+    return name + split if name.endswith("/") else f"{name}.{split}"

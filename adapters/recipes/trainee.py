@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from motet.adapters.recipes.readers import History
 from motet.adapters.recipes.table import Recipe
 
 
@@ -26,6 +27,7 @@ class Setup:
         base_name: what the saved files call the base.
         samples: [1, T] token ids to calibrate with, made when asked for.
         classes: of each task the token ids of its label words, made when asked for; none where a task has no such.
+        encoder: the weights of the network that reads the histories of the task's users, made when asked for.
     """
 
     model: Any
@@ -36,6 +38,7 @@ class Setup:
     base_name: str
     samples: Callable[[], Sequence[torch.Tensor]]
     classes: Callable[[], Sequence[Sequence[int]]] = tuple
+    encoder: Callable[[], Mapping[str, torch.Tensor]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,9 @@ class Trainee:
         further_loss: of the logits float32 [N, V] and labels [N] of a step's answer tokens; added to their mean cross
             entropy.
         kept: further tensors that the next step depends on, changed in place.
+        rates: by the name of a trained tensor its share of the learning rate; 1 where it is absent.
+        for_users: called before every forward, in training or not, with the history of each row's user; None where
+            the model does not depend on users.
     """
 
     model: Any
@@ -61,6 +67,8 @@ class Trainee:
     before_step: Callable[[int, int], None] = lambda *_: None
     further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    for_users: Callable[[Sequence[History]], None] | None = None
 
     def round_as_saved(self, dtype: torch.dtype) -> None:
         """Make the trained tensors what a file of this dtype gives back."""

@@ -134,8 +134,9 @@ def train(
         stage(f"preparing {method}")
         running = run.Run(order, base, data, out, resume=resume, keep_every=checkpoint_every)
         _follow(running, running.loop.done, order.steps)
-        track, model_after = _tracked("the adapter answers"), running.trainee.model
-        results = [exam.taken_by(model_after, base.tokenizer, track, told=False) for exam in exams]
+        track, trainee = _tracked("the adapter answers"), running.trainee
+        taught = trainee.model, base.tokenizer
+        results = [exam.taken_by(*taught, track, told=False, for_users=trainee.for_users) for exam in exams]
         if exams:
             scorecard.write(out, order, exams, base_results, results)
     losses = running.loop.losses
