@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from motet.adapters.recipes.readers import word_facts
 from motet.adapters.recipes.run import Base, Order
 from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS, Task
+from tests.support.ilora_modules import SasrecModule, look_trained
+from tests.support.layouts_ilora import HISTORY_LENGTH, ITEMS
 from tests.support.models import tiny_llama
 from tests.support.tokenizer import byte_tokenizer
 
@@ -41,6 +44,24 @@ def boolq_row(n: int) -> dict[str, Any]:
     return {"instruction": f"question: is {n} even?\n\nAnswer format", "answer": ("true", "false")[n % 2]}
 
 
+def listener_row(first: int, length: int) -> dict[str, Any]:
+    """Items one after the other, padded on the right."""
+    items = [(first + step) % ITEMS for step in range(length + 1)]
+    seq = items[:length] + [ITEMS] * (HISTORY_LENGTH - length)
+    return {"seq": seq, "len_seq": max(length, 1), "next": items[length]}
+
+
+def write_listeners(data: Path) -> None:
+    """Histories of every length, names, and a SASRec that tells them apart."""
+    for split, first in (("train", 0), ("test", 5)):
+        rows = [listener_row(first + 3 * n, n % (HISTORY_LENGTH + 1)) for n in range(33)]
+        write_rows(data, f"rec/lastfm/{split}", rows)
+    names = "".join(f"{item}::Band {item}\n" for item in range(ITEMS))
+    (data / "rec" / "lastfm" / "id2name.txt").write_text(names)
+    sasrec = look_trained(SasrecModule(ITEMS, HISTORY_LENGTH), 3)
+    save_file(sasrec.state_dict(), data / "rec" / "lastfm" / "sasrec_lastfm.safetensors")
+
+
 def write_rows(data: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
     path = data / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +75,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(folder, f"text/wikisql.{split}", (wikisql_row(c, n + first) for n in range(3) for c in COLORS))
         write_rows(folder, f"qa/boolq.{split}", (boolq_row(n + first) for n in range(12)))
         write_rows(folder, f"qa/ARC-Easy.{split}", (arc_row(c, 1 + i % 3) for i, c in enumerate(COLORS)))
+    write_listeners(folder)
     return folder
 
 
@@ -74,8 +96,8 @@ def order() -> Callable[..., Order]:
     def make(method: str = "lora", **changes: Any) -> Order:
         adapted = bool(RECIPES[method].targets)
         defaults: dict[str, Any] = {
-            "task": "wikisql",
-            "rank": 3 if adapted else 0,
+            "task": "lastfm" if method == "ilora" else "wikisql",
+            "rank": (4 if method == "ilora" else 3) if adapted else 0,
             "alpha": 6 if adapted else 0,
             "targets": ("q_proj", "v_proj") if adapted else (),
             "steps": 6,

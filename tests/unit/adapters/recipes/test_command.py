@@ -18,6 +18,7 @@ from motet.adapters.recipes.errors import DataError, OutputError, TargetError
 from motet.adapters.recipes.run import Base
 from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS
+from motet.server.cli import cli
 from motet.server.commands import training
 
 Train = Callable[..., Result]
@@ -110,6 +111,16 @@ def test_a_rank_for_a_whole_model_is_refused_before_anything_is_loaded(train: Tr
     assert isinstance(result.exception, TargetError)
     assert str(result.exception) == "--rank 4 means nothing to 'full', which trains whole layers; drop it"
     assert "loading" not in result.output
+
+
+def test_a_gate_of_users_is_trained_and_scored(train: Train, tmp_path: Path, model: Path) -> None:
+    result = train("ilora", "--task", "lastfm", "--rank", "4", "--score", "2")
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["split"], scores["n"], scores["of"]) == ("rec/lastfm/test", 2, 24)
+    shown = CliRunner().invoke(cli, ["adapters", "inspect", str(tmp_path / "out"), "--model", str(model)])
+    assert shown.exit_code == 0, shown.output
+    assert "iLoRA folder, stored batch-norm statistics" in shown.output.replace("\n", " ")
 
 
 def test_several_tasks_are_learnt_at_once_and_scored_apart(train: Train, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def numbered(lengths: list[int]) -> Corpus:
 
 
 def order_of(corpus: Corpus, steps: int, size: int, seed: int) -> list[list[int]]:
-    return [ids[:, 0].tolist() for ids, _ in corpus.batches(steps, size, seed)]
+    return list(corpus.draws(steps, size, seed))
 
 
 def test_every_row_comes_once_before_any_comes_twice() -> None:
@@ -66,13 +66,26 @@ def test_rows_of_like_length_share_a_batch() -> None:
 
 def test_a_batch_larger_than_the_task_is_refused() -> None:
     with pytest.raises(DataError, match="the task has 3 rows, fewer than --batch 4; lower it"):
-        next(numbered([1] * 3).batches(1, 4, seed=0))
+        next(numbered([1] * 3).draws(1, 4, seed=0))
 
 
 def test_only_answers_are_labelled() -> None:
     ids_BT, labels_BT = Corpus([], [([5, 6], [7]), ([5], [8, 9, 4])]).batch([0, 1])
     assert ids_BT.tolist() == [[5, 6, 7, 0], [5, 8, 9, 4]]
     assert labels_BT.tolist() == [[IGNORED, IGNORED, 7, IGNORED], [IGNORED, 8, 9, 4]]
+
+
+def test_a_personal_corpus_keeps_each_rows_user_and_shares_no_prefix() -> None:
+    """What the model makes of a shared prefix would be one user's."""
+    plain = Corpus.of(byte_tokenizer(), EXAMPLES)
+    histories = [(1,), (2, 3), (4,), (5,)]
+    personal = plain.personal(histories)
+    assert plain.prefix
+    assert personal.prefix == []
+    assert [asked for asked, _ in personal.rows] == [plain.prefix + asked for asked, _ in plain.rows]
+    assert personal.users([2, 1]) == [(4,), (2, 3)]
+    assert len({plain.digest(), personal.digest(), plain.personal(histories[::-1]).digest()}) == 3
+    assert list(personal.draws(6, 2, 0)) == list(plain.draws(6, 2, 0)), "the order of the rows is the same"
 
 
 def test_samples_are_full_and_made_of_whole_texts_in_another_order() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from motet.adapters.recipes.corpus import Corpus
 from motet.adapters.recipes.forward import answer_losses
-from motet.adapters.recipes.loop import Loop, Schedule
+from motet.adapters.recipes.loop import Loop, Schedule, held_out_losses
 from motet.adapters.recipes.run import Base
 from motet.adapters.recipes.tasks import TASKS, examples
 from motet.adapters.recipes.trainee import Trainee
@@ -96,9 +96,48 @@ def test_a_further_loss_trains_and_is_not_reported(make: Make) -> None:
     assert first == next(iter(plain)) > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in values(trainee).items())
     assert not torch.equal(plain_trainee.trainable["embedding"], before["embedding"])
-    (shape, n_labels), (ids, labels) = given[0], next(iter(loop.corpus.batches(4, 4, 0)))
+    (shape, n_labels), (ids, labels) = given[0], loop.corpus.batch(next(loop.corpus.draws(4, 4, 0)))
     assert shape == (n_labels, 320)
     assert n_labels == len(answer_losses(make()[0].model, loop.corpus.prefix, (ids, labels)))
+
+
+def test_a_tensor_may_learn_at_a_share_of_the_rate(make: Make) -> None:
+    """AdamW's first step is the rate itself, whatever the gradient."""
+    trainee, loop = make(rates={"norm": 0.25})
+    before = values(trainee)
+    next(iter(loop))
+    largest = {name: float((tensor - before[name]).abs().max()) for name, tensor in values(trainee).items()}
+    assert largest == pytest.approx({"embedding": 1e-2, "norm": 0.25e-2}, rel=1e-3)
+
+
+def test_a_slower_tensor_is_taken_up_with_its_own_moments(make: Make) -> None:
+    whole, loop = make(rates={"embedding": 0.5})
+    list(loop)
+    _, halted = make(rates={"embedding": 0.5})
+    steps = iter(halted)
+    next(steps), next(steps)
+    resumed, other = make(rates={"embedding": 0.5})
+    other.restore(halted.state())
+    assert list(other.losses) == list(loop.losses)[:2]
+    list(other)
+    assert all(torch.equal(tensor, values(whole)[name]) for name, tensor in values(resumed).items())
+
+
+def test_a_model_is_told_its_users_before_each_forward(make: Make) -> None:
+    """In training with the rows of the batch, and in evaluation, when the model knows that it is one."""
+    told: list[tuple[bool, list[tuple[int, ...]]]] = []
+    trainee, plain = make(for_users=lambda users: told.append((trainee.model.training, list(users))))
+    corpus = plain.corpus.personal([(number, 7) for number in range(len(plain.corpus.rows))])
+    list(Loop(trainee, corpus, SCHEDULE, autocast=False))
+    assert told == [(True, [(number, 7) for number in numbers]) for numbers in corpus.draws(4, 4, 0)]
+    told.clear()
+    sums, counts = held_out_losses(trainee, corpus, 5)
+    assert not any(training for training, _ in told)
+    seen = [user[0] for _, users in told for user in users]
+    assert sorted(seen) == list(range(len(corpus.rows)))
+    lengths = [sum(map(len, corpus.rows[number])) for number in seen]
+    assert lengths == sorted(lengths), "in the order of the batches"
+    assert len(sums) == len(counts) == len(seen)
 
 
 def test_gradients_are_corrected_after_they_were_clipped(make: Make) -> None:

@@ -131,3 +131,26 @@ def test_only_the_base_is_told_the_form(told: bool, data: Path) -> None:
     tokenizer = byte_tokenizer()
     model = Scripted(tokenizer, {**{hint + question: answer for question, answer in exam.rows}, exam.task.demo: "x"})
     assert exam.taken_by(model, tokenizer, iter, told).scores["exact_match"] == 1
+
+
+def test_a_model_is_told_whose_questions_come_next(data: Path) -> None:
+    """In the order of each batch, which is by length; the demo has a user of its own."""
+    exam = scorecard.Exam.of(TASKS["lastfm"], data, 9)
+    assert len(exam.histories) == len(exam.rows) == 9
+    assert all(f"Band {history[-1]}\n" in asked for history, (asked, _) in zip(exam.histories, exam.rows, strict=True))
+    tokenizer, told = byte_tokenizer(), []
+
+    class Listening(Scripted):
+        def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> SimpleNamespace:
+            told.append([tokenizer.decode(ids[mask == 1]) for ids, mask in zip(input_ids, attention_mask, strict=True)])
+            return super().generate(input_ids, attention_mask, **options)
+
+    said = dict(exam.rows) | {exam.task.demo: "Air"}
+    users: list[Any] = []
+    model = Listening(tokenizer, said)
+    result = exam.taken_by(model, tokenizer, iter, told=False, for_users=users.append)
+    assert result.scores["exact_match"] == 1
+    batch, demo = users
+    assert demo == [exam.task.demo_history]
+    assert len(told) == 2
+    assert all(f"Band {history[-1]}\n" in prompt for history, prompt in zip(batch, told[0], strict=True))

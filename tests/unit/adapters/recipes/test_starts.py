@@ -34,7 +34,10 @@ READ_BY_PEFT = ["lora", "rslora", "dora", "eva", "pissa", "olora"]
 """PEFT needs the calibration to read CorDA's own layout, and takes PoLAR for LoRA."""
 OWN_CONFIG = ("s2ft", "emtal")
 """Not a LoraConfig: test_s2ft.py, test_emtal.py."""
-ADAPTERS = [method for method, recipe in RECIPES.items() if recipe.targets]
+OF_USERS = "ilora"
+"""Its model runs for users only: test_ilora.py."""
+METHODS = [method for method in RECIPES if method != OF_USERS]
+ADAPTERS = [method for method in METHODS if RECIPES[method].targets]
 """The others save a whole model: test_lisa.py."""
 
 
@@ -98,7 +101,7 @@ def test_differences_of_pairs_are_saved_in_full() -> None:
     assert full == {"pissa", "olora", "corda-ipm", "corda-kpm"}
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
 def test_only_knowledge_is_calibrated_on_other_texts_than_the_tasks(
     method: str, base: Callable[[], Base], data: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +111,7 @@ def test_only_knowledge_is_calibrated_on_other_texts_than_the_tasks(
         begin(ordered(method), base(), tmp_path)
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_starts_as_the_base_and_then_learns(method: str, train: Train, base: Callable[[], Base]) -> None:
     trained = train(method)
     LOGITS.assert_close(trained.first, base().model(IDS).logits)
