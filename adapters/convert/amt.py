@@ -14,8 +14,6 @@ Source: the layout of the authors' code, https://openreview.net/forum?id=HxGdbAm
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +25,11 @@ from safetensors.torch import save_file
 from motet.adapters.bounded import DEFAULT_LIMITS, parse_tensors, read_file
 from motet.adapters.checkpoint import read_checkpoint
 from motet.adapters.convert.amt_checkpoint import LINEARS, Member, members_in
+from motet.adapters.convert.folder import new_folder, require_new
 from motet.adapters.convert.plain_pickle import read_plain_pickle
 from motet.adapters.convert.timm_vit import under_timm_names
 from motet.adapters.effects import LowRank
-from motet.adapters.errors import AdapterExistsError, ConfigError
+from motet.adapters.errors import ConfigError
 from motet.adapters.methods.amt import PEFT_TYPE, START
 from motet.adapters.methods.base_weights import rounding
 from motet.adapters.methods.centred import aligned
@@ -73,8 +72,7 @@ def convert(checkpoint_files: Sequence[Path], base: Path, out_folder: Path, *, p
         SourceError: a file cannot be read safely.
         FormatError: the checkpoints are not AMT's, are incomplete, or were trained on another base.
     """
-    if out_folder.exists():
-        raise AdapterExistsError(f"folder {out_folder.name!r} is there already; name another one")
+    require_new(out_folder)
     weights, own_prefix = _base(base)
     members = [member for file in checkpoint_files for member in members_in(file, weights, len(checkpoint_files) == 1)]
     rank = _common_rank(members)
@@ -197,11 +195,6 @@ def _own(values: torch.Tensor) -> torch.Tensor:
 
 
 def _write(out_folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """All of it or nothing: made beside the place, then moved there."""
-    out_folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_folder.parent) as scratch:
-        made = Path(scratch) / out_folder.name
-        made.mkdir()
+    with new_folder(out_folder) as made:
         save_file(tensors, made / WEIGHTS_FILE, metadata={"format": "pt"})
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        os.rename(made, out_folder)

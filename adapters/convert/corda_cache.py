@@ -6,15 +6,14 @@ Must not know: the base model, the registry, servers. Runs offline.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from motet.adapters.errors import AdapterExistsError, MissingTensorError, ShapeError, UnsafeFormatError
+from motet.adapters.convert.folder import new_folder, require_new
+from motet.adapters.errors import MissingTensorError, ShapeError, UnsafeFormatError
 from motet.adapters.methods.peft_config import parse
 from motet.adapters.methods.residual import METHOD_KEYS
 from motet.adapters.methods.tensors import PREFIX, TensorBag
@@ -66,15 +65,10 @@ def corda_cache(cache_file: Path, adapter_folder: Path, out_folder: Path) -> Non
 def _write(
     adapter_folder: Path, initial: dict[str, object], tensors: dict[str, torch.Tensor], out_folder: Path
 ) -> None:
-    """All of it or nothing: made beside the place, then moved there."""
-    if out_folder.exists():
-        raise AdapterExistsError(f"folder {out_folder.name!r} is there already; name another one")
-    out_folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_folder.parent) as scratch:
-        made = Path(scratch) / out_folder.name
-        (made / "corda_init").mkdir(parents=True)
+    require_new(out_folder)
+    with new_folder(out_folder) as made:
+        (made / "corda_init").mkdir()
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(adapter_folder / name, made / name)
         (made / "corda_init" / CONFIG_FILE).write_text(json.dumps(initial, indent=2) + "\n")
         save_file(tensors, made / "corda_init" / WEIGHTS_FILE)
-        os.rename(made, out_folder)

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,10 @@ from safetensors.torch import save_file
 
 from motet.adapters.bounded import DEFAULT_LIMITS
 from motet.adapters.checkpoint import read_checkpoint
+from motet.adapters.convert.folder import new_folder, require_new
 from motet.adapters.convert.plain_pickle import read_plain_pickle
 from motet.adapters.convert.timm_vit import under_timm_names
 from motet.adapters.errors import (
-    AdapterExistsError,
     ConfigError,
     MissingTensorError,
     ShapeError,
@@ -66,8 +64,7 @@ def convert(checkpoint_file: Path, base_folder: Path, out_folder: Path, fading_e
         UnsupportedError: the router had not faded.
         FormatError: the checkpoint is not one of EMTAL's, is incomplete, or was trained on another base.
     """
-    if out_folder.exists():
-        raise AdapterExistsError(f"folder {out_folder.name!r} is there already; name another one")
+    require_new(out_folder)
     saved = read_plain_pickle(checkpoint_file)
     _require_faded(saved, fading_epochs)
     config, base_tensors, _ = read_checkpoint(base_folder, DEFAULT_LIMITS)
@@ -193,7 +190,6 @@ def _size(state: Mapping[str, torch.Tensor], name: str, dimension: int) -> int:
 
 
 def _write(out_folder: Path, tensors: dict[str, torch.Tensor], rank: int) -> None:
-    """All of it or nothing: made beside the place, then moved there."""
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -206,10 +202,6 @@ def _write(out_folder: Path, tensors: dict[str, torch.Tensor], rank: int) -> Non
         "inference_mode": True,
         "lora_dropout": 0.0,
     }
-    out_folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_folder.parent) as scratch:
-        made = Path(scratch) / out_folder.name
-        made.mkdir()
+    with new_folder(out_folder) as made:
         save_file(tensors, made / WEIGHTS_FILE, metadata={"format": "pt"})
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        os.rename(made, out_folder)

@@ -13,9 +13,7 @@ SASRec's ranking layer, batch norm's counters) and, of checkpoints that save all
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,11 +23,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from motet.adapters.convert.folder import new_folder, require_new
 from motet.adapters.convert.inert_pickle import InertModule, read_module
 from motet.adapters.convert.plain_pickle import read_plain_pickle
 from motet.adapters.effects import GateSpec
 from motet.adapters.errors import (
-    AdapterExistsError,
     ConfigError,
     CorruptSourceError,
     MissingTensorError,
@@ -102,8 +100,7 @@ def ilora_checkpoint(
         FormatError: the tensors are not those of iLoRA.
         AdapterExistsError: `out_folder` is there already.
     """
-    if out_folder.exists():
-        raise AdapterExistsError(f"folder {out_folder.name!r} is there already; name another one")
+    require_new(out_folder)
     settings, state = _read_checkpoint(checkpoint_file)
     left_out: Counter[str] = Counter()
     pairs, trained = _sorted(state, left_out)
@@ -248,15 +245,10 @@ def _check(config: Mapping[str, Any], pairs: Mapping[str, torch.Tensor], gate: M
 def _write(
     out_folder: Path, config: Mapping[str, Any], pairs: Mapping[str, torch.Tensor], gate: Mapping[str, torch.Tensor]
 ) -> None:
-    """All of it or nothing: made beside the place, then moved there."""
-    out_folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_folder.parent) as scratch:
-        made = Path(scratch) / out_folder.name
-        made.mkdir()
+    with new_folder(out_folder) as made:
         (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         save_file(_owned(pairs), made / WEIGHTS_FILE)
         save_file(_owned(gate), made / GATE_FILE)
-        os.rename(made, out_folder)
 
 
 def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -55,6 +55,8 @@ class ModelRunner:
             results = self._results_by_vocabulary(spans, logits_nV.float(), changes.vocabularies)
         else:
             results = self._results(spans, logits_nV.float(), drawing)
+        if not any(span.feature for span in spans):
+            return results
         row = dict(zip((span.generation for span in spans if span.draw), drawing, strict=True))
         return [
             replace(result, feature=loaded.head_input.row(row[span.generation])) if span.feature else result
