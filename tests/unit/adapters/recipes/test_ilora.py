@@ -251,6 +251,7 @@ def test_a_run_gives_each_row_its_own_history(
     tokenizer = with_markers(base().tokenizer)
     for (asked, _), user in zip(loop.corpus.rows, loop.corpus.users, strict=True):
         assert f"Band {user.history[-1]} [HistoryEmb]\nCandidates" in tokenizer.decode(asked)
+        assert sum(token in marker_ids(base().tokenizer) for token in asked) == len(user.history) + len(user.candidates)
 
 
 def test_a_rank_that_the_experts_do_not_divide_is_refused(base: Callable[[], Base], data: Path) -> None:

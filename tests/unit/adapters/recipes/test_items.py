@@ -40,6 +40,9 @@ class Case:
 def test_items_differ_as_tokens_do_before_anything_is_learnt() -> None:
     case = Case()
     rows_nD = case.start(case.item_ND[:-1])
+    assert 0.4 < float(case.start[0](case.item_ND[:-1]).std()) < 0.8, (
+        "1 / sqrt(3), by torch's start for inputs of order 1"
+    )
     assert float(rows_nD.std(0).mean()) == pytest.approx(float(case.base.weight.std()), rel=1e-4)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from motet.adapters.recipes import scorecard
-from motet.adapters.recipes.items import with_markers
+from motet.adapters.recipes.items import marker_ids, with_markers
 from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.run import Base, Order
 from motet.adapters.recipes.scoring import answers, score
@@ -147,19 +147,22 @@ def test_a_model_is_told_whose_questions_come_next(data: Path) -> None:
     exam = scorecard.Exam.of(TASKS["lastfm"], data, 9)
     assert len(exam.users) == len(exam.rows) == 9
     assert all(named(asked) == user for user, (asked, _) in zip(exam.users, exam.rows, strict=True))
-    tokenizer, told = with_markers(byte_tokenizer()), []
+    tokenizer, told, counts = with_markers(byte_tokenizer()), [], []
+    markers = torch.tensor(marker_ids(byte_tokenizer()))
 
     class Listening(Scripted):
         def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> SimpleNamespace:
             told.append([tokenizer.decode(ids[mask == 1]) for ids, mask in zip(input_ids, attention_mask, strict=True)])
+            counts.extend(torch.isin(input_ids, markers).sum(1).tolist())
             return super().generate(input_ids, attention_mask, **options)
 
     said = dict(exam.rows) | {exam.task.demo: "Air"}
     users: list[Any] = []
     model = Listening(tokenizer, said)
-    result = exam.taken_by(model, tokenizer, iter, told=False, for_users=users.append)
+    result = exam.taken_by(model, byte_tokenizer(), iter, told=False, for_users=users.append)
     assert result.scores["exact_match"] == 1
     batch, demo = users
     assert demo == [exam.task.demo_user]
+    assert counts == [len(user.history) + len(user.candidates) for user in (*batch, *demo)]
     assert len(told) == 2
     assert all(named(prompt) == user for user, prompt in zip(batch, told[0], strict=True))
