@@ -33,8 +33,9 @@ class ReferencePlan:
             b_RO = self._operand(int(segments.b_first[target, s]), rank, shape.out_width)
             rows = slice(int(segments.row_start[s]), int(segments.row_stop[s]))
             s_TR = x_TI[rows].float() @ a_RI.T
-            if segments.gate is not None:
-                s_TR *= torch.from_numpy(segments.gate[target, s, :rank]).to(s_TR.device)
+            if segments.gates is not None:
+                gate_TR = segments.gates.factor[target, segments.gates.of_row[rows], :rank]
+                s_TR *= torch.from_numpy(gate_TR).to(s_TR.device)
             y_TO[rows] = (y_TO[rows].float() + s_TR @ b_RO).to(y_TO.dtype)
 
     def _operand(self, first: int, rank: int, width: int) -> torch.Tensor:
