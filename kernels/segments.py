@@ -2,7 +2,8 @@
 
 Must not know: adapters, requests, tokens, the model. Built once per step on the host and shared by all targets.
 
-Shapes: S segments, C targets, R the largest rank in the step, N units in the arena, U elements per unit.
+Shapes: S segments, C targets, T batch rows, G different gates, R the largest rank in the step, N units in the arena, U
+elements per unit.
 """
 
 from __future__ import annotations
@@ -26,8 +27,21 @@ class TargetShape:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Gates:
+    """Factors of rank rows, which may differ from batch row to batch row.
+
+    Attributes:
+        of_row: [T] which gate a row has; any number below G where the row is in no segment.
+        factor: [C, G, R] of each rank row, zero-padded.
+    """
+
+    of_row: Int32
+    factor: Float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """Runs of consecutive batch rows that share one adapter and one gate.
+    """Runs of consecutive batch rows that share one adapter.
 
     Rows that lie in no segment have no adapter: the kernels leave them untouched.
 
@@ -37,7 +51,7 @@ class Segments:
         a_first: [C, S] arena unit where A [rank, in_width] begins, row after row.
         b_first: [C, S] arena unit where Bᵀ [rank, out_width] begins, the scale folded in.
         rank: [C, S] true rank; 0 where the adapter does not touch the target (its firsts are then ignored).
-        gate: [C, S, R] factor of each rank row, zero-padded; None when every factor is 1.
+        gates: None when every factor is 1.
     """
 
     row_start: Int32
@@ -45,7 +59,7 @@ class Segments:
     a_first: Int32
     b_first: Int32
     rank: Int32
-    gate: Float32 | None = None
+    gates: Gates | None = None
 
     def __len__(self) -> int:
         return len(self.row_start)
@@ -67,10 +81,13 @@ class Segments:
         for name in ("a_first", "b_first", "rank"):
             assert getattr(self, name).shape == expected, f"{name} {getattr(self, name).shape}, not {expected}"
         assert (self.rank >= 0).all(), f"negative rank in {self.rank}"
-        if self.gate is not None:
-            largest = int(self.rank.max(initial=0))
-            assert self.gate.shape[:2] == expected, f"gate {self.gate.shape}, not {expected}"
-            assert self.gate.shape[2] >= largest, f"gate {self.gate.shape} is narrower than rank {largest}"
+        if self.gates is not None:
+            largest, (n_targets, n_gates, width) = int(self.rank.max(initial=0)), self.gates.factor.shape
+            assert n_targets == len(shapes), f"gates for {n_targets} targets, not {len(shapes)}"
+            assert width >= largest, f"gates are {width} wide, narrower than rank {largest}"
+            assert self.gates.of_row.shape == (n_rows,), f"gates of {self.gates.of_row.shape} rows, not {n_rows}"
+            known = (self.gates.of_row >= 0) & (self.gates.of_row < n_gates)
+            assert known.all(), f"a row has gate {self.gates.of_row[~known][0]} of {n_gates}"
         for first, widths in (
             (self.a_first, [shape.in_width for shape in shapes]),
             (self.b_first, [shape.out_width for shape in shapes]),

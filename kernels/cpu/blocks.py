@@ -65,10 +65,9 @@ def cut(
 ) -> list[Block]:
     """Cut the live segments of one target into blocks.
 
-    Semantics: walk the rows; a run of segments that read the same operand joins the current block while what the block
-    then wastes, and the copy of the operand, cost no more than opening another block. For n equal runs the waste grows
-    with n², so stopping where it equals one block's cost makes the sum of both smallest. Gates, which split a run into
-    segments, do not change where it is cut.
+    Semantics: walk the rows; a segment joins the current block while what the block then wastes, and the copy of the
+    segment's operand, cost no more than opening another block. For n equal segments the waste grows with n², so
+    stopping where it equals one block's cost makes the sum of both smallest.
 
     Args:
         row_start: [S] first row of each segment; ascending.
@@ -82,37 +81,26 @@ def cut(
         Blocks in row order; every live segment is in exactly one.
     """
     blocks: list[Block] = []
-    starts, stops, ranks = row_start.tolist(), row_stop.tolist(), rank.tolist()
-    for run in _runs(starts, stops, [s for s, r in enumerate(ranks) if r], operand):
-        start, stop, r, reads = starts[run[0]], stops[run[-1]], ranks[run[0]], operand[run[0]]
+    for s, (start, stop, r) in enumerate(zip(row_start.tolist(), row_stop.tolist(), rank.tolist(), strict=True)):
+        if r == 0:
+            continue
         useful = (stop - start) * r
         if blocks:
             block = blocks[-1]
-            new_ranks = 0 if reads in block.operands else r
+            new_ranks = 0 if operand[s] in block.operands else r
             n_ranks = block.n_ranks + new_ranks
             waste = (stop - block.row_start) * n_ranks - block.useful - useful
             if (waste + cost.copied_element * new_ranks) * width <= cost.block:
-                _join(block, run, stop, reads, n_ranks, useful)
+                _join(block, s, stop, operand[s], n_ranks, useful)
                 continue
         blocks.append(Block(start, stop))
-        _join(blocks[-1], run, stop, reads, r, useful)
+        _join(blocks[-1], s, stop, operand[s], r, useful)
     return blocks
 
 
-def _runs(starts: Sequence[int], stops: Sequence[int], live: Sequence[int], operand: Sequence[int]) -> list[list[int]]:
-    """Live segments, those together that read one operand and follow each other without a gap."""
-    runs: list[list[int]] = []
-    for s in live:
-        if runs and operand[runs[-1][-1]] == operand[s] and stops[runs[-1][-1]] == starts[s]:
-            runs[-1].append(s)
-        else:
-            runs.append([s])
-    return runs
-
-
-def _join(block: Block, run: Sequence[int], row_stop: int, operand: int, n_ranks: int, useful: int) -> None:
+def _join(block: Block, segment: int, row_stop: int, operand: int, n_ranks: int, useful: int) -> None:
     block.row_stop = row_stop
-    block.segments += run
-    block.operands.setdefault(operand, run[0])
+    block.segments.append(segment)
+    block.operands.setdefault(operand, segment)
     block.n_ranks = n_ranks
     block.useful += useful

@@ -72,7 +72,7 @@ def _groups(shapes: Sequence[TargetShape], segments: Segments) -> list[list[int]
     groups: dict[tuple[int, int, bytes, bytes], list[int]] = {}
     for target in np.flatnonzero(segments.rank.any(axis=1)).tolist():
         shape = shapes[target]
-        gate = b"" if segments.gate is None else segments.gate[target].tobytes()
+        gate = b"" if segments.gates is None else segments.gates.factor[target].tobytes()
         key = (shape.in_width, shape.out_width, segments.rank[target].tobytes(), gate)
         groups.setdefault(key, []).append(target)
     return list(groups.values())
@@ -115,6 +115,7 @@ def _masks(
     for s in block.segments:
         rows = slice(segments.row_start[s] - block.row_start, segments.row_stop[s] - block.row_start)
         foreign_TL[rows, columns[operand[s]]] = False
-        if segments.gate is not None:
-            gate_TL[rows, columns[operand[s]]] = segments.gate[target, s, : rank_S[s]]
+        if (gates := segments.gates) is not None:
+            of_rows = gates.of_row[segments.row_start[s] : segments.row_stop[s]]
+            gate_TL[rows, columns[operand[s]]] = gates.factor[target, of_rows, : rank_S[s]]
     return (foreign_TL if foreign_TL.any() else None), (gate_TL if (gate_TL != 1).any() else None)

@@ -2,7 +2,8 @@
 
 Must not know: how to be fast. Runs on any device.
 
-Shapes: T batch rows, I/O a target's in/out widths, R one segment's rank, N units in the arena, U elements per unit.
+Shapes: C targets, T batch rows, I/O a target's in/out widths, R one segment's rank or the gates' width, N units in the
+arena, U elements per unit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ class ReferencePlan:
         self._arena_NU = arena_NU
         self._shapes = shapes
         self._segments = segments
+        self._gate_CTR = None
+        if (gates := segments.gates) is not None:
+            self._gate_CTR = torch.from_numpy(gates.factor[:, gates.of_row]).to(arena_NU.device)
 
     def add_(self, target: int, y_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
         """See `motet.kernels.ops.LowRankPlan.add_`."""
@@ -33,8 +37,8 @@ class ReferencePlan:
             b_RO = self._operand(int(segments.b_first[target, s]), rank, shape.out_width)
             rows = slice(int(segments.row_start[s]), int(segments.row_stop[s]))
             s_TR = x_TI[rows].float() @ a_RI.T
-            if segments.gate is not None:
-                s_TR *= torch.from_numpy(segments.gate[target, s, :rank]).to(s_TR.device)
+            if self._gate_CTR is not None:
+                s_TR *= self._gate_CTR[target, rows, :rank]
             y_TO[rows] = (y_TO[rows].float() + s_TR @ b_RO).to(y_TO.dtype)
 
     def _operand(self, first: int, rank: int, width: int) -> torch.Tensor:

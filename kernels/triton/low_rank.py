@@ -23,23 +23,29 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels below run under Triton's interpreter, which is settled when they are decorated."""
 
 
-@triton.jit(do_not_specialize=["target", "n_segments", "gate_width"])
+@triton.jit(do_not_specialize=["target", "n_segments", "n_gates", "gate_width"])
 def shrink(
     x_ptr,
     arena_ptr,
     s_ptr,
     gate_ptr,
+    gate_of_row_ptr,
     tiles_ptr,
     operands_ptr,
     target,
     n_segments,
+    n_gates,
     gate_width,
     in_width,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """s_TR = g_R ⊙ (x_TI · A_RIᵀ) for one row tile and one block of rank rows; gate_ptr [C, S, gate_width] or None."""
+    """s_TR = g_TR ⊙ (x_TI · A_RIᵀ) for one row tile and one block of rank rows.
+
+    The gates are gate_ptr [C, G, gate_width] float32, gate_of_row_ptr int32 says which a batch row has; both are None
+    where all are 1.
+    """
     tile = tiles_ptr + tl.program_id(0) * 4
     segment = tl.load(tile)
     row_start = tl.load(tile + 1)
@@ -67,8 +73,9 @@ def shrink(
         a_IR = tl.load(a_row + i[:, None], mask=i_live[:, None] & r_live[None, :], other=0.0)
         s_TR = tl.dot(x_TI, a_IR, acc=s_TR, input_precision="ieee")
     if gate_ptr is not None:
-        gate_R = tl.load(gate_ptr + target_segment * gate_width + r, mask=r_live, other=0.0)
-        s_TR *= gate_R[None, :]
+        gate_T = target * n_gates + tl.load(gate_of_row_ptr + row_start + t, mask=t_live, other=0)
+        gate_row = gate_ptr + gate_T[:, None].to(tl.int64) * gate_width
+        s_TR *= tl.load(gate_row + r[None, :], mask=t_live[:, None] & r_live[None, :], other=0.0)
     s_out = s_ptr + s_first + (row_in_segment + t)[:, None] * rank + r[None, :]
     tl.store(s_out, s_TR.to(s_ptr.dtype.element_ty), mask=t_live[:, None] & r_live[None, :])
 

@@ -2,7 +2,7 @@
 
 Must not know: what the kernels compute (`low_rank`).
 
-Shapes: K tiles, C targets, S segments, N units in the arena, U elements per unit.
+Shapes: K tiles, C targets, S segments, T batch rows, G gates, R rank, N units in the arena, U elements per unit.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ class TritonPlan:
         tables = tables.to(arena_NU.device, non_blocking=True)
         self._tiles_K4 = tables[: self._n_tiles]
         self._operands = tables[self._n_tiles :]
-        self._gate = None
-        if segments.gate is not None:
-            self._gate = torch.from_numpy(segments.gate).to(arena_NU.device, non_blocking=True).contiguous()
+        self._gate_CGR = self._gate_of_row_T = None
+        if (gates := segments.gates) is not None:
+            self._gate_CGR, self._gate_of_row_T = (
+                torch.from_numpy(table).to(arena_NU.device, non_blocking=True).contiguous()
+                for table in (gates.factor, gates.of_row)
+            )
         self._s = torch.empty(n_intermediate, dtype=arena_NU.dtype, device=arena_NU.device)
 
     def add_(self, target: int, y_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
@@ -67,12 +70,13 @@ class TritonPlan:
             x_TI,
             self._arena_NU,
             self._s,
-            self._gate,
+            self._gate_CGR,
+            self._gate_of_row_T,
             self._tiles_K4,
             self._operands,
             target,
             self._n_segments,
-            0 if self._gate is None else self._gate.shape[2],
+            *(0, 0) if self._gate_CGR is None else self._gate_CGR.shape[1:],
             shape.in_width,
             BLOCK_T=self._block_t,
             BLOCK_R=self._block_r,

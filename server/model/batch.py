@@ -23,7 +23,7 @@ from motet.kernels.sign import SignSegments
 from motet.kernels.sparse import SparseSegments
 from motet.server.engine.types import Span
 from motet.server.model.embedding import EmbeddedRun
-from motet.server.model.gating import rank_row_factors
+from motet.server.model.gating import GatedRows, rank_row_factors, row_gates
 from motet.server.model.inject import AddedTokens, StepEffects
 from motet.server.model.overlay import OverlayPlan
 
@@ -145,20 +145,21 @@ class EffectsBuilder:
             return arena.view(int(first[0, 0]), torch.Size(shape))
 
         index = arena.index(int(at.columns_index[0, 0]), tokens)
-        factors_CSR = rank_row_factors([self._residency.groups(run.slot)[[target.index], :rank]], [run.gate])
+        group_R = self._residency.groups(run.slot)[target.index, :rank]
+        gate_R = None if run.gate is None else torch.from_numpy(rank_row_factors(group_R, run.gate))
         return EmbeddedRun(
             start=run.start,
             stop=run.stop,
             weight_VD=weight_VD,
             low_rank=(view(at.a_first, rank, vocabulary), view(at.b_first, rank, width)) if rank else None,
-            gate_R=None if factors_CSR is None else torch.from_numpy(factors_CSR[0, 0]).to(arena.units_NU.device),
+            gate_R=None if gate_R is None else gate_R.to(arena.units_NU.device),
             tokens=(index, view(at.columns_first, tokens, width)) if tokens else None,
             scale_D=view(at.scale_first, width) if has_scale else None,
             adds_tokens=(self._residency.vocabulary(run.slot) or 0) > vocabulary,
         )
 
     def _build(self, kind: Kind, layers: Layers, rows: int) -> StepEffects:
-        targets, runs = self._of_kind[kind], layers[0]
+        targets, runs = self._of_kind[kind], _whatever_the_gate(layers[0])
         if not targets:
             return StepEffects((), None, self._overlays(runs), None, None)
         shapes = [TargetShape(target.in_width, target.out_width) for target in targets]
@@ -180,15 +181,20 @@ class EffectsBuilder:
         )
 
     def _low_rank(self, runs: list[Run], shapes: list[TargetShape], span: slice, rows: int) -> LowRankPlan:
-        addresses = self._residency.addresses([run.slot for run in runs]).of(span)
-        groups = [self._residency.groups(run.slot)[span] for run in runs]
+        gated = [
+            GatedRows(self._residency.groups(run.slot)[span], run.gate, run.start, run.stop)
+            for run in runs
+            if run.gate is not None
+        ]
+        of_slot = _whatever_the_gate(runs)
+        addresses = self._residency.addresses([run.slot for run in of_slot]).of(span)
         segments = Segments(
-            np.array([run.start for run in runs], dtype=np.int32),
-            np.array([run.stop for run in runs], dtype=np.int32),
+            np.array([run.start for run in of_slot], dtype=np.int32),
+            np.array([run.stop for run in of_slot], dtype=np.int32),
             addresses.a_first,
             addresses.b_first,
             addresses.rank,
-            rank_row_factors(groups, [run.gate for run in runs]),
+            row_gates(gated, len(shapes), rows),
         )
         return low_rank_plan(self._backend, self._residency.arena.units_NU, shapes, segments, rows)
 
@@ -239,6 +245,17 @@ def _layers(spans: Sequence[tuple[Span, int]]) -> tuple[Layers, int]:
                 runs.append(Run(one.lease.slot, one.gate, row, stop))
         row = stop
     return layers, row
+
+
+def _whatever_the_gate(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one slot after another, without the gates that part them."""
+    merged: list[Run] = []
+    for run in runs:
+        if merged and (merged[-1].slot, merged[-1].stop) == (run.slot, run.start):
+            merged[-1] = merged[-1]._replace(stop=run.stop)
+        else:
+            merged.append(run._replace(gate=None))
+    return merged
 
 
 def token_tensors(spans: Sequence[Span], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

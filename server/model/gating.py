@@ -1,34 +1,47 @@
 """What the gates of a step's requests mean for the rank rows of its adapters.
 
-Must not know: what computes a gate, methods, kernels.
+Must not know: what computes a gate, methods, kernels' inner workings.
 
-Shapes: C targets, S runs, R an adapter's largest rank, or the largest of all.
+Shapes: C targets, G different gates, R an adapter's largest rank, or the largest of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from motet.adapters.residency import Int32
+from motet.kernels.segments import Float32, Gates
 
 
-def rank_row_factors(
-    groups: Sequence[Int32], gates: Sequence[tuple[float, ...] | None]
-) -> npt.NDArray[np.float32] | None:
-    """[C, S, R] the factor of each rank row, one where a run has no gate; None when no run has one.
+class GatedRows(NamedTuple):
+    """Batch rows start to stop, whose adapter's rank rows have these factors.
 
-    Args:
-        groups: of each run's adapter, [C, R]: which factor of the gate a rank row has.
-        gates: of each run.
+    Attributes:
+        group_CR: which factor of the gate a rank row has.
     """
-    if all(gate is None for gate in gates):
+
+    group_CR: Int32
+    gate: tuple[float, ...]
+    start: int
+    stop: int
+
+
+def rank_row_factors(group_CR: Int32, gate: tuple[float, ...]) -> Float32:
+    """[C, R] the factor of each rank row."""
+    return np.asarray(gate, dtype=np.float32)[group_CR]
+
+
+def row_gates(gated: Sequence[GatedRows], n_targets: int, n_rows: int) -> Gates | None:
+    """The factors of all batch rows, one where a row is in no run; None when none is."""
+    if not gated:
         return None
-    targets, widest = len(groups[0]), max(group_CR.shape[1] for group_CR in groups)
-    factors_CSR = np.ones((targets, len(gates), widest), dtype=np.float32)
-    for run, (group_CR, gate) in enumerate(zip(groups, gates, strict=True)):
-        if gate is not None:
-            factors_CSR[:, run, : group_CR.shape[1]] = np.asarray(gate, dtype=np.float32)[group_CR]
-    return factors_CSR
+    widest = max(run.group_CR.shape[1] for run in gated)
+    factor_CGR = np.ones((n_targets, 1 + len(gated), widest), dtype=np.float32)
+    of_row = np.zeros(n_rows, dtype=np.int32)
+    for number, run in enumerate(gated, 1):
+        factor_CGR[:, number, : run.group_CR.shape[1]] = rank_row_factors(run.group_CR, run.gate)
+        of_row[run.start : run.stop] = number
+    return Gates(of_row, factor_CGR)

@@ -1,8 +1,8 @@
 """What a gate costs on a CPU or GPU: a decode step, and the low-rank product alone, with and without gates.
 
-Every request has its own gate, as users of iLoRA have, so the rows of one adapter lie in as many segments as there are
-requests; without gates they are one. A step is that of SmolLM2-135M in bfloat16 with adapters on all seven linears. Run
-it from the repository root, alone on a core if it can be had; `--backend` chooses another than the device's own:
+Every request has its own gate, as users of iLoRA have. A step is that of SmolLM2-135M in bfloat16 with adapters on all
+seven linears. Run it from the repository root, alone on a core if it can be had; `--backend` chooses another than the
+device's own:
 
     OMP_NUM_THREADS=1 python -m tests.bench.gates --out docs/results/gates-cpu.jsonl
 
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from motet.kernels.dispatch import Backend, default_backend, low_rank_plan
 from motet.kernels.ops import LowRankPlan
-from motet.kernels.segments import Segments, TargetShape
+from motet.kernels.segments import Gates, Segments, TargetShape
 from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Sampling, Span
 from tests.bench.machine import Machine
 from tests.bench.make_adapters import make_adapters
@@ -79,9 +79,9 @@ def measure(
     x_TW = torch.randn(requests, width, generator=random).to(device, dtype)
     y_TW = torch.zeros_like(x_TW)
     shapes = [TargetShape(width, width)] * TARGETS
-    gate_SG = np.random.default_rng(0).dirichlet(np.ones(4), requests).astype(np.float32)
+    gate_TG = np.random.default_rng(0).dirichlet(np.ones(4), requests).astype(np.float32)
     plain = low_rank_plan(backend, arena_NU, shapes, _segments(case, None), requests)
-    segments = _segments(case, gate_SG)
+    segments = _segments(case, gate_TG)
     gated = low_rank_plan(backend, arena_NU, shapes, segments, requests)
     for target in (0, TARGETS - 1):
         actual_TW = torch.zeros_like(y_TW)
@@ -98,32 +98,32 @@ def measure(
     return Cost(width, str(dtype).removeprefix("torch."), *case, *medians, round(median(ratios), 4))
 
 
-def _segments(case: tuple[int, int, int], gate_SG: np.ndarray | None) -> Segments:
-    """One segment an adapter without gates, one a request with them."""
+def _segments(case: tuple[int, int, int], gate_TG: np.ndarray | None) -> Segments:
+    """One segment an adapter, with a gate for each row or without."""
     requests, adapters, rank = case
-    count = adapters if gate_SG is None else requests
-    bounds = np.arange(count + 1, dtype=np.int32) * np.int32(requests // count)
-    adapter_S = np.arange(count) * adapters // count
-    first = (np.arange(TARGETS)[:, None] * adapters + adapter_S[None]) * 2 * rank
-    ranks = np.full((TARGETS, count), rank, dtype=np.int32)
-    gate = None
-    if gate_SG is not None:
-        gate = np.repeat(gate_SG, rank // gate_SG.shape[1], axis=1)[None].repeat(TARGETS, axis=0)
-    return Segments(bounds[:-1], bounds[1:], first.astype(np.int32), (first + rank).astype(np.int32), ranks, gate)
+    bounds = np.arange(adapters + 1, dtype=np.int32) * np.int32(requests // adapters)
+    first = (np.arange(TARGETS)[:, None] * adapters + np.arange(adapters)[None]) * 2 * rank
+    ranks = np.full((TARGETS, adapters), rank, dtype=np.int32)
+    gates = None
+    if gate_TG is not None:
+        factor_TR = np.repeat(gate_TG, rank // gate_TG.shape[1], axis=1)
+        gates = Gates(np.arange(requests, dtype=np.int32), np.broadcast_to(factor_TR, (TARGETS, *factor_TR.shape)))
+    return Segments(bounds[:-1], bounds[1:], first.astype(np.int32), (first + rank).astype(np.int32), ranks, gates)
 
 
 def _expected(
     arena_NU: torch.Tensor, x_TW: torch.Tensor, segments: Segments, target: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The product in float64, request by request, and what may be rounded on the way to each element."""
-    assert segments.gate is not None
+    assert segments.gates is not None
     rows, sizes = [], []
     for s in range(len(segments)):
         a, b, rank = (int(table[target, s]) for table in (segments.a_first, segments.b_first, segments.rank))
-        gate_R = torch.from_numpy(segments.gate[target, s, :rank]).to(x_TW.device).double()
-        hidden_R = arena_NU[a : a + rank].double() @ x_TW[s].double() * gate_R
-        rows.append(hidden_R @ arena_NU[b : b + rank].double())
-        sizes.append(rows[-1].abs() + hidden_R.abs() @ arena_NU[b : b + rank].double().abs())
+        for t in range(segments.row_start[s], segments.row_stop[s]):
+            gate_R = torch.from_numpy(segments.gates.factor[target, t, :rank]).to(x_TW.device).double()
+            hidden_R = arena_NU[a : a + rank].double() @ x_TW[t].double() * gate_R
+            rows.append(hidden_R @ arena_NU[b : b + rank].double())
+            sizes.append(rows[-1].abs() + hidden_R.abs() @ arena_NU[b : b + rank].double().abs())
     return torch.stack(rows), torch.stack(sizes)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from motet.kernels.dispatch import Backend, low_rank_plan
-from motet.kernels.segments import Segments, TargetShape
+from motet.kernels.segments import Gates, Segments, TargetShape
 
 Gate = Literal["none", "random", "zero", "one-hot"]
 
@@ -77,7 +77,8 @@ def make_case(
         shapes: [C] (in, out) widths.
         unit: U.
         dtype: of the arena, x and y.
-        gate: one random kind for each (target, segment), or none.
+        gate: one random kind for each (target, run), or none; with gates, neighbouring runs of one adapter are one
+            segment.
         device: of the tensors.
         seed: of all that is random.
     """
@@ -108,7 +109,7 @@ def make_case(
     size = (len(shapes), len(taken))
     a_first, b_first, rank = (np.full(size, fill, dtype=np.int32) for fill in (10**9, 10**9, 0))
     largest = max((max(by_target) for by_target in ranks), default=0)
-    gates = np.zeros((*size, largest), dtype=np.float32)
+    factor_CGR = np.zeros((*size, largest), dtype=np.float32)
     x_TI = [normal(int(stops[-1]), i) for i, _ in shapes]
     y_TO = [normal(int(stops[-1]), o) for _, o in shapes]
     expected_TO = [y.double() for y in y_TO]
@@ -118,17 +119,36 @@ def make_case(
             a_RI, b_RO = operands[adapter, c, "a"].double(), operands[adapter, c, "b"].double()
             rank[c, s] = len(a_RI)
             g_R = _gate(gate, len(a_RI), random)
-            gates[c, s, : len(a_RI)] = g_R
+            factor_CGR[c, s, : len(a_RI)] = g_R
             if len(a_RI) > 0:
                 a_first[c, s], b_first[c, s] = first[adapter, c, "a"], first[adapter, c, "b"]
             rows = slice(starts[taken[s]], stops[taken[s]])
             delta_OI = b_RO.T @ torch.diag(g_R.double()) @ a_RI
             expected_TO[c][rows] += x_TI[c][rows].double() @ delta_OI.T
             magnitude_TO[c][rows] += (x_TI[c][rows].double() @ a_RI.T * g_R).abs() @ b_RO.abs()
+    segments = Segments(starts[taken], stops[taken], a_first, b_first, rank)
+    if gate != "none" and taken:
+        of_row = np.zeros(stops[-1], dtype=np.int32)
+        for s, run in enumerate(taken):
+            of_row[starts[run] : stops[run]] = s
+        follows = [
+            s > 0 and adapters[s] == adapters[s - 1] and stops[taken[s - 1]] == starts[taken[s]]
+            for s in range(len(taken))
+        ]
+        firsts = [s for s, continued in enumerate(follows) if not continued]
+        lasts = [*(s - 1 for s in firsts[1:]), len(taken) - 1]
+        segments = Segments(
+            segments.row_start[firsts],
+            segments.row_stop[lasts],
+            a_first[:, firsts],
+            b_first[:, firsts],
+            rank[:, firsts],
+            Gates(of_row, factor_CGR),
+        )
     return Case(
         arena_NU=arena_NU.to(device),
         shapes=[TargetShape(i, o) for i, o in shapes],
-        segments=Segments(starts[taken], stops[taken], a_first, b_first, rank, gate=None if gate == "none" else gates),
+        segments=segments,
         x_TI=[x.to(device) for x in x_TI],
         y_TO=[y.to(device) for y in y_TO],
         expected_TO=[y.to(device) for y in expected_TO],

@@ -38,17 +38,6 @@ def test_equal_operands_waste_nothing() -> None:
     assert _cut([50, 50], [4, 4], operands=[7, 7]) == [[0, 1]]
 
 
-def test_gates_do_not_change_where_a_batch_is_cut() -> None:
-    assert _cut([32, 32, 32], [2, 2, 2]) == [[0], [1], [2]]
-    each_row = _cut([1] * 96, [2] * 96, operands=[row // 32 for row in range(96)])
-    assert each_row == [list(range(32)), list(range(32, 64)), list(range(64, 96))]
-
-
-def test_rows_between_are_not_swallowed_by_equal_operands() -> None:
-    # The second adapter of a mixture, which the 50 rows in between do not name.
-    assert _cut([1, 50, 1], [4, 0, 4], operands=[7, 8, 7]) == [[0], [2]]
-
-
 def test_untouched_segments_are_in_no_block() -> None:
     assert _cut([1, 1, 1], [4, 0, 4]) == [[0, 2]]
     assert _cut([1, 1], [0, 0]) == []

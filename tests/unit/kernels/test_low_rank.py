@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from motet.kernels.dispatch import Backend, low_rank_plan
-from motet.kernels.segments import Segments
+from motet.kernels.segments import Gates, Segments
 from tests.support.low_rank import Case, Gate, Run, make_case
 from tests.support.tolerances import TOLERANCES
 
@@ -101,7 +101,8 @@ def test_rows_do_not_depend_on_their_neighbours(backend: Backend, dtype: torch.d
 
 def _segment(segments: Segments, s: int) -> Segments:
     """One segment, its row the first of a batch."""
-    assert segments.gate is not None
+    assert segments.gates is not None
+    start = segments.row_start[s]
     one = slice(s, s + 1)
     return Segments(
         row_start=segments.row_start[one] - segments.row_start[s],
@@ -109,7 +110,7 @@ def _segment(segments: Segments, s: int) -> Segments:
         a_first=segments.a_first[:, one],
         b_first=segments.b_first[:, one],
         rank=segments.rank[:, one],
-        gate=segments.gate[:, one],
+        gates=Gates(segments.gates.of_row[start : start + 1], segments.gates.factor),
     )
 
 
@@ -160,6 +161,19 @@ def test_results_repeat_bit_for_bit(backend: Backend, dtype: torch.dtype) -> Non
     case = make_case(BATCHES["prefill and decode"], RANKS, SHAPES, unit=UNIT, dtype=dtype, gate="random")
     for first, second in zip(case.run(backend), case.run(backend), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("of_row", "factor"),
+    [([0, 1, 0], (1, 2, 3)), ([0, 1, 0, 2], (1, 2, 3)), ([0, 1, 0, 1], (2, 2, 3)), ([0, 1, 0, 1], (1, 2, 2))],
+    ids=["rows without a gate", "no such gate", "other targets", "narrower than the rank"],
+)
+def test_malformed_gates_are_caught(of_row: list[int], factor: tuple[int, int, int]) -> None:
+    case = make_case([Run(0, 2), Run(1, 2)], [[3], [3]], [(64, 64)], unit=64, dtype=FP32)
+    gates = Gates(np.array(of_row, dtype=np.int32), np.ones(factor, dtype=np.float32))
+    segments = dataclasses.replace(case.segments, gates=gates)
+    with pytest.raises(AssertionError):
+        low_rank_plan("reference", case.arena_NU, case.shapes, segments, case.n_rows)
 
 
 @pytest.mark.parametrize(
