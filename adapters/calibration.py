@@ -71,11 +71,19 @@ def checked(place: str, calibration: Calibration) -> Calibration:
     Raises:
         ConfigError: one is not.
     """
-    name = calibration.set
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_SET:
-        raise ConfigError(f"{place}: set {name!r} is no string of 1 to {LONGEST_SET} characters")
+    require_set(place, calibration.set)
     require_numbers(place, calibration, _RANGES)
     return calibration
+
+
+def require_set(place: str, name: object) -> None:
+    """Refuse a name that a file could not keep.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_SET or not name.isprintable():
+        raise ConfigError(f"{place}: set {name!r} is no string of 1 to {LONGEST_SET} printable characters")
 
 
 def dumped(calibration: Calibration | None) -> dict[str, Any] | None:

@@ -171,6 +171,7 @@ def edited(change: dict[str, Any], drop: str | None = None, kind: str = "dense")
         (measured(date="2026-08-01"), "has the keys .*, date; it must"),
         (measured(set=""), "set '' is no string of 1 to 256"),
         (measured(set="s" * 257), "is no string of 1 to 256"),
+        (measured(set="a\n"), "set 'a.n' is no string"),
         (measured(set=None), "set None is no string"),
         (measured(n=0), "n 0"),
         (measured(n=1.5), "n 1.5"),
