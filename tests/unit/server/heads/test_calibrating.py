@@ -56,6 +56,7 @@ def test_the_scores_are_of_the_second_half(found: Calibrated) -> None:
     assert found.after.nll < found.before.nll
     assert found.after.brier < found.before.brier
     assert found.before.temperature == 1.0
+    assert found.before.ece == pytest.approx(calibration_error(answers(logits, 1.0)[held_M], y_N[held_M]))
 
 
 def test_the_threshold_covers_as_promised(found: Calibrated) -> None:
