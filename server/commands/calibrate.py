@@ -172,6 +172,12 @@ def _print(found: Calibrated, head: HeadFile, written: Path, plot: Path | None) 
         f"rows are above it{kept}",
         soft_wrap=True,
     )
+    if found.threshold >= 1 - 1 / len(head.labels):
+        console.print(
+            f"with {len(head.labels)} labels no answer is above it: the head never abstains; a larger --miss-rate "
+            "lowers the threshold",
+            soft_wrap=True,
+        )
     for path in (written, plot):
         if path is not None:
             console.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -161,8 +161,14 @@ def test_in_place_and_again(run: Run, task: Task, tmp_path: Path) -> None:
     assert "120 rows of 'dev' chose the temperature; the other 120 are scored here and chose the threshold" in lines
     assert f"temperature 0.5 {first.temperature:.4g}" in lines
     assert f"wrote {folder}" in lines
-    assert run(folder, "--data", task.data, "--in-place", "--set", "dev", "--miss-rate", 0.25).exit_code == 0
-    assert head_of(folder).digest == first.digest, "the old temperature has no part in the new one"
+    assert first.threshold is not None
+    assert ("the head never abstains" in result.stdout) == (first.threshold >= 2 / 3)
+    again = run(folder, "--data", task.data, "--in-place", "--set", "dev", "--miss-rate", 0.25)
+    assert again.exit_code == 0, again.output
+    second = head_of(folder)
+    # The old temperature has no part in the new one, found to 1e-3; features depend on their batch by rounding.
+    assert second.temperature == pytest.approx(first.temperature, rel=2e-3)
+    assert second.threshold == pytest.approx(first.threshold, abs=2e-3)
 
 
 def test_it_must_be_said_where_it_goes(run: Run, task: Task, tmp_path: Path) -> None:

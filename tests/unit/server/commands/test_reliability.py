@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from motet.server.commands import reliability
 from motet.server.commands.reliability import DOTS_PER_INCH, INCHES, draw, require_drawable
 from motet.server.heads.calibrating import Scored
 
@@ -73,6 +74,16 @@ def test_matplotlib_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with pytest.raises(click.ClickException, match=r'pip install "motet\[plots\]", or leave it out'):
         require_drawable(tmp_path / "plot.png")
+
+
+def test_half_a_plot_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reliability.os, "replace", fails)
+    with pytest.raises(click.ClickException, match="No space left on device; choose another"):
+        draw(tmp_path / "plot.png", "", [("before", scored(0.1))])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_no_plot_can_be(tmp_path: Path) -> None:
