@@ -85,6 +85,12 @@ class BaseModel:
         """The first target of a kind; there is at most one embedding and one head."""
         return next((target for target in self.targets.values() if target.kind is kind), None)
 
+    @property
+    def feature_width(self) -> int | None:
+        """How wide the states are that the output head reads; None where the base has none."""
+        head = self.of_kind(Kind.HEAD)
+        return self.config.get("hidden_size") if head is None else head.in_width
+
     def is_tied(self, parameter: str) -> bool:
         """Whether several modules share the parameter."""
         return parameter in self.tied or parameter in self.tied.values()

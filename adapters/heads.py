@@ -61,9 +61,9 @@ class Parameterization(enum.Enum):
     LOW_RANK = "lowrank"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class HeadFile:
-    """The content of both files.
+    """The content of both files; compared by identity.
 
     Attributes:
         labels: what class c is called.
@@ -93,6 +93,11 @@ class HeadFile:
         """D, which must be the hidden size of the base."""
         name = "weight" if self.parameterization is Parameterization.SOFTMAX else "W_mean"
         return self.tensors[name].shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors, in host memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def digest(self) -> Digest:

@@ -78,6 +78,8 @@ class Receipt:
         relative_norms: target, or replaced parameter → ‖ΔW‖/‖W‖ (Frobenius).
         resident_bytes: what it takes in the serving dtype.
         error: of a lossy form that was asked for.
+        head: its parameterization and labels; None where there is no output head.
+        head_bytes: what it takes in host memory, beside `resident_bytes`.
     """
 
     digest: Digest
@@ -91,6 +93,8 @@ class Receipt:
     relative_norms: dict[str, float]
     resident_bytes: int
     error: LossyError | None = None
+    head: str | None = None
+    head_bytes: int = 0
 
     def measured(self, exact: Sequence[Sequence[float]], lossy: Sequence[Sequence[float]]) -> Receipt:
         """With the difference of log-probabilities, text by text, token by token."""
@@ -100,7 +104,7 @@ class Receipt:
 
 def receipt(lowering: Lowering, base: BaseModel, bytes_needed: Callable[[Lowered], int]) -> Receipt:
     """Summarise a lowered adapter. Costs little beside lowering."""
-    lowered, error = lowering.lowered, None
+    lowered, head, error = lowering.lowered, lowering.head, None
     if lowering.exact is not None:
         error = LossyError(lowering.form, remaining(lowering.exact.lowered, lowered, base))
     ranks = [effects.low_rank.rank for effects in lowered.effects.values() if effects.low_rank]
@@ -122,6 +126,8 @@ def receipt(lowering: Lowering, base: BaseModel, bytes_needed: Callable[[Lowered
         },
         resident_bytes=bytes_needed(lowered),
         error=error,
+        head=None if head is None else f"{head.parameterization.value}, {len(head.labels)} labels",
+        head_bytes=0 if head is None else head.bytes,
     )
 
 

@@ -30,6 +30,7 @@ from motet.adapters.errors import (
 )
 from motet.adapters.gates.build import build
 from motet.adapters.golden import Golden
+from motet.adapters.heads import HeadFile
 from motet.adapters.lease import Lease, Leases, Resident
 from motet.adapters.lowering import Lowering, lower
 from motet.adapters.mixture import obstacle
@@ -57,12 +58,14 @@ class AdapterInfo:
     Attributes:
         published_s: Unix time of publication.
         leases: requests that use the version now.
+        head: its output head, where it has one.
     """
 
     version: AdapterVersion
     receipt: Receipt
     published_s: float
     leases: int
+    head: HeadFile | None = None
 
 
 Check = Callable[[Golden, Callable[[], Lease]], None]
@@ -248,7 +251,7 @@ class Registry:
         except ArenaFullError as error:
             exact = lowering.exact or lowering
             raise ArenaFullError(f"{error}{offer(exact.lowered, self.base, self.residency.bytes_needed)}") from None
-        return Resident(AdapterVersion(name, lowering.digest), slot, lowering.own, gate, unmixable)
+        return Resident(AdapterVersion(name, lowering.digest), slot, lowering.own, gate, unmixable, lowering.head)
 
     def _scored_exactly(self, exact: Resident, vouched: Golden | None) -> Sequence[Sequence[float]]:
         """What an unpublished exact form says of the fixed texts, for the last time; golden values are checked too."""
@@ -282,4 +285,5 @@ class Registry:
 
     @staticmethod
     def _info(entry: _Entry) -> AdapterInfo:
-        return AdapterInfo(entry.resident.version, entry.receipt, entry.published_s, entry.resident.leases)
+        resident = entry.resident
+        return AdapterInfo(resident.version, entry.receipt, entry.published_s, resident.leases, resident.head)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from motet.adapters import tokens
+from motet.adapters import heads, tokens
 from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file
 from motet.adapters.checkpoint import MODEL_CONFIG, read_checkpoint
 from motet.adapters.errors import ConfigError, SourceNotFoundError, UnsafeFormatError, UnsafePathError
+from motet.adapters.heads import HeadFile
 from motet.adapters.spec import NOTHING_DECLARED, Declared
 from motet.adapters.version import Digest
 
@@ -47,6 +48,7 @@ class AdapterFiles:
         gate_tensors: likewise, of the gate's own file.
         digest: SHA-256 over all files and declarations.
         tokenizer: the tokenizer's files, by name; empty where there are none.
+        head: the output head beside the adapter, where there is one.
         initial: the adapter before training, from a declaration or a sub-folder.
         initial_folder: the name of its folder, where that is one of INITIAL_FOLDERS.
         residual: the model directory the adapter was declared to be trained on.
@@ -63,6 +65,7 @@ class AdapterFiles:
     trained_on_base: bool = False
     gate_tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+    head: HeadFile | None = None
 
     def require_no_start(self, method: str) -> None:
         """Refuse declarations that the method would have to ignore.
@@ -118,6 +121,7 @@ def read(folder: Path, declared: Declared = NOTHING_DECLARED, limits: Limits = D
         UnsafePathError: a file is a link that leaves its folder.
         CorruptSourceError: a file is too large, truncated or contradicts its header.
         ConfigError: the declarations contradict each other.
+        FormatError: the head's files do not describe a head.
     """
     files = _read_folder(folder, limits)
     initial, initial_folder = declared.initial, None
@@ -139,6 +143,7 @@ def read(folder: Path, declared: Declared = NOTHING_DECLARED, limits: Limits = D
             residual=_read_part("residual model", declared.residual, Layout.MODEL, limits),
             trained_on_base=declared.trained_on_base,
             tokenizer=_read_tokenizer(folder),
+            head=heads.read(folder, limits),
         )
     )
 
@@ -170,6 +175,8 @@ def _joined(files: AdapterFiles) -> AdapterFiles:
     parts = [(name, part.digest) for name in ("initial", "residual") if (part := getattr(files, name)) is not None]
     if files.trained_on_base:
         parts.append(("trained_on_base", Digest("")))
+    if files.head is not None:
+        parts.append(("head", files.head.digest))
     for name, content in files.tokenizer.items():
         parts.append((name, Digest(hashlib.sha256(content).hexdigest())))
     if not parts:

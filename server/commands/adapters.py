@@ -120,6 +120,7 @@ def inspect(
         ("scaling", receipt.scaling),
         ("bytes", f"{receipt.resident_bytes:,}"),
         ("result", "exact" if receipt.exact else str(receipt.error or "approximate")),
+        *([("head", f"{receipt.head}, {receipt.head_bytes:,} bytes")] if receipt.head else []),
         ("digest", receipt.digest),
     )
     console.print(facts(rows))
