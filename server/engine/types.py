@@ -39,6 +39,8 @@ class Sampling:
         logit_bias: (token, added logit).
         top_logprobs: report the log-probability of the drawn token and of this many most likely; None reports none.
         prompt_logprobs: the same for every token of the prompt.
+        spread: report the entropy and the margin of each drawn token's distribution, before temperature.
+        label_tokens: report the log-probabilities of these tokens, in place of the most likely ones.
         feature: report what the head reads at the last token of the prompt.
     """
 
@@ -56,7 +58,14 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    spread: bool = False
+    label_tokens: tuple[int, ...] = ()
     feature: bool = False
+
+    @property
+    def reports(self) -> bool:
+        """Whether anything is said of a drawn token beside the token."""
+        return self.top_logprobs is not None or self.spread or bool(self.label_tokens)
 
     @property
     def needs_history(self) -> bool:
@@ -191,12 +200,16 @@ class TokenLogprobs:
 
     Attributes:
         logprob: of the token that stands there.
-        top: (token, log-probability), most likely first.
+        top: (token, log-probability), most likely first, or in the order of `Sampling.label_tokens`.
+        entropy: of the distribution, in nats, where asked for.
+        margin: probability of its most likely token less that of the second, where asked for.
     """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    entropy: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

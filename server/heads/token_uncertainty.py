@@ -1,6 +1,6 @@
 """What the next-token distribution alone says of a generation: for adapters without a head, and never calibrated.
 
-Must not know: heads, tokenizers, requests. Shapes: T generated tokens, V words of the vocabulary.
+Must not know: heads, tokenizers, requests. Shapes: T tokens, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,21 +14,8 @@ import torch
 
 from motet.server.heads.errors import HeadError
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenUncertainty:
-    """Per generated token.
-
-    Attributes:
-        logprob_T: natural log-probability of the token that was taken.
-        entropy_T: nats, of the whole distribution.
-        margin_T: probability of the likeliest word less that of the second.
-    """
-
-    logprob_T: torch.Tensor
-    entropy_T: torch.Tensor
-    margin_T: torch.Tensor
-    calibrated: ClassVar[bool] = False
+LEAST_LOGPROB = -800.0
+"""exp of it is 0 in every dtype; 0 times a number, not infinity, is then 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +36,22 @@ class SequenceUncertainty:
     calibrated: ClassVar[bool] = False
 
 
-def of_tokens(logits_TV: torch.Tensor, token_T: torch.Tensor) -> TokenUncertainty:
-    """From logits, or from log-probabilities of the whole vocabulary; -inf is a word that cannot come.
+def spread(logprob_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropies in nats, and how much more probable the likeliest word is than the second.
 
-    Raises:
-        HeadError: a logit is NaN or +inf, or all of a token's are -inf.
+    Args:
+        logprob_TV: log-probabilities of the whole vocabulary, of at least two words; -inf is a word that cannot come.
+
+    Returns:
+        [T] and [T] in the same dtype.
     """
-    logprob_TV = logits_TV.detach().double().log_softmax(-1)
-    if logprob_TV.isnan().any():
-        raise HeadError("the logits of a token are no distribution: NaN, +inf, or -inf for every word")
-    p_TV = logprob_TV.exp()
-    first_T2 = p_TV.topk(2, -1).values
-    return TokenUncertainty(
-        logprob_T=logprob_TV.gather(-1, token_T[:, None])[:, 0],
-        entropy_T=torch.special.entr(p_TV).sum(-1),
-        margin_T=first_T2[:, 0] - first_T2[:, 1],
-    )
-
-
-def of_sequence(tokens: TokenUncertainty) -> SequenceUncertainty:
-    """The generation of these tokens."""
-    return of_logprobs(tokens.logprob_T.tolist(), float(tokens.entropy_T.mean()))
+    entropy_T = -(logprob_TV.exp() * logprob_TV.clamp_min(LEAST_LOGPROB)).sum(-1)
+    first_T2 = logprob_TV.topk(2, -1).values.exp()
+    return entropy_T.clamp_min(0), first_T2[:, 0] - first_T2[:, 1]
 
 
 def of_logprobs(logprobs: Sequence[float], mean_token_entropy: float | None = None) -> SequenceUncertainty:
-    """From the log-probabilities of the generated tokens alone.
+    """From the log-probabilities of the generated tokens.
 
     Raises:
         HeadError: there are none, or one is NaN or above 0 by more than rounding.

@@ -19,7 +19,7 @@ from motet.server.engine.types import GenerationId, Plan, Span, SpanResult, Toke
 from motet.server.model.attention import AttentionBatch
 from motet.server.model.batch import EffectsBuilder, StepChanges, logit_rows, token_tensors
 from motet.server.model.loader import LoadedModel
-from motet.server.model.sampler import Draw, draw_tokens, logprobs
+from motet.server.model.sampler import Draw, draw_tokens, logprobs, reports
 
 
 class ModelRunner:
@@ -108,20 +108,18 @@ class ModelRunner:
             return [SpanResult(None, None, prompts[s.generation], broken.get(s.generation)) for s in spans]
         rows = torch.tensor(drawing, device=logits_nV.device)
         drawn_nV = logits_nV if len(drawing) == len(logits_nV) else logits_nV.index_select(0, rows)
-        reporting = [i for i, span in enumerate(draws) if span.sampling.top_logprobs is not None]
+        reporting = [i for i, span in enumerate(draws) if span.sampling.reports]
         raw_nV = drawn_nV[reporting].clone() if reporting else drawn_nV[:0]
         tokens = draw_tokens(drawn_nV, [self._draw(span) for span in draws]).tolist()
-        reports: dict[GenerationId, TokenLogprobs] = {}
+        said: dict[GenerationId, TokenLogprobs] = {}
         if reporting:
-            reported = logprobs(
-                raw_nV, [tokens[i] for i in reporting], [draws[i].sampling.top_logprobs or 0 for i in reporting]
-            )
-            reports = {draws[i].generation: report for i, report in zip(reporting, reported, strict=True)}
+            reported = reports(raw_nV, [tokens[i] for i in reporting], [draws[i].sampling for i in reporting])
+            said = {draws[i].generation: report for i, report in zip(reporting, reported, strict=True)}
         chosen = {span.generation: token for span, token in zip(draws, tokens, strict=True)}
         return [
             SpanResult(
                 chosen.get(s.generation),
-                reports.get(s.generation),
+                said.get(s.generation),
                 prompts[s.generation],
                 broken.get(s.generation),
             )

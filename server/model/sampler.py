@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from motet.server.engine.types import Sampling, TokenLogprobs
+from motet.server.heads.token_uncertainty import spread
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,8 +111,32 @@ def logprobs(logits_nV: torch.Tensor, tokens: Sequence[int], top: Sequence[int])
         tokens: the token to report per row.
         top: how many most likely ones per row; equal values come from one tensor, bit for bit.
     """
+    return _listed(logits_nV.log_softmax(dim=-1), tokens, top)
+
+
+def reports(logits_nV: torch.Tensor, tokens: Sequence[int], samplings: Sequence[Sampling]) -> list[TokenLogprobs]:
+    """What each row asks to know of the distribution that its token comes from, all from one log-softmax.
+
+    Args:
+        logits_nV: float32, unmodified.
+        tokens: the drawn token per row.
+    """
     logprobs_nV = logits_nV.log_softmax(dim=-1)
-    chosen_n = logprobs_nV.gather(1, torch.tensor(tokens, device=logits_nV.device)[:, None])[:, 0].tolist()
+    found = _listed(logprobs_nV, tokens, [sampling.top_logprobs or 0 for sampling in samplings])
+    if wide := [row for row, sampling in enumerate(samplings) if sampling.spread]:
+        of_wide_nV = logprobs_nV if len(wide) == len(found) else logprobs_nV[wide]
+        for row, entropy, margin in zip(wide, *(values_n.tolist() for values_n in spread(of_wide_nV)), strict=True):
+            found[row] = replace(found[row], entropy=entropy, margin=margin)
+    for row, sampling in enumerate(samplings):
+        if labels := sampling.label_tokens:
+            found[row] = replace(
+                found[row], top=tuple(zip(labels, logprobs_nV[row, list(labels)].tolist(), strict=True))
+            )
+    return found
+
+
+def _listed(logprobs_nV: torch.Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprobs]:
+    chosen_n = logprobs_nV.gather(1, torch.tensor(tokens, device=logprobs_nV.device)[:, None])[:, 0].tolist()
     most = max(top)
     values_nk, tokens_nk = logprobs_nV.topk(most, dim=-1) if most else (logprobs_nV[:, :0], logprobs_nV[:, :0])
     return [

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from motet.server.engine.types import Sampling
-from motet.server.model.sampler import Draw, draw_tokens, logprobs
+from motet.server.model.sampler import Draw, draw_tokens, logprobs, reports
 
 V = 12
 N = 5_000
@@ -229,3 +229,30 @@ class TestLogprobs:
 
     def test_nothing_more_than_the_token(self) -> None:
         assert all(found.top == () for found in logprobs(self.logits_nV, self.tokens, [0] * 60))
+
+    def test_reports_are_each_rows_own(self) -> None:
+        """Of rows that ask for different things, in one pass; the distribution is torch's own."""
+        labels = (7, 399, 0)
+        asks = [Sampling(1, top_logprobs=3), Sampling(1, spread=True), Sampling(1, label_tokens=labels)]
+        asks = [*asks, Sampling(1, top_logprobs=2, spread=True)] * 15
+        plain = logprobs(self.logits_nV, self.tokens, [asked.top_logprobs or 0 for asked in asks])
+        entropy_n = torch.distributions.Categorical(logits=self.logits_nV.double()).entropy().tolist()
+        p_nV = self.logits_nV.double().softmax(-1)
+        for row, (found, asked) in enumerate(zip(reports(self.logits_nV, self.tokens, asks), asks, strict=True)):
+            assert (found.token, found.logprob) == (plain[row].token, plain[row].logprob)
+            if asked.label_tokens:
+                assert found.top == tuple((t, pytest.approx(float(p_nV[row, t].log()), abs=1e-5)) for t in labels)
+            else:
+                assert found.top == plain[row].top
+            if not asked.spread:
+                assert found.entropy is found.margin is None
+                continue
+            first, second = p_nV[row].topk(2).values.tolist()
+            assert found.entropy == pytest.approx(entropy_n[row], abs=1e-5)
+            assert found.margin == pytest.approx(first - second, abs=1e-6)
+
+    def test_a_spread_of_words_that_cannot_come(self) -> None:
+        logits_nV = torch.full((1, 400), -torch.inf)
+        logits_nV[0, 3] = 5.0
+        (found,) = reports(logits_nV, [3], [Sampling(1, spread=True)])
+        assert (found.logprob, found.entropy, found.margin) == (0.0, 0.0, 1.0)
