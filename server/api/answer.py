@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from motet.server.api.errors import INTERNAL, ApiError, error_body
 from motet.server.api.job import Job, Piece
+from motet.server.api.uncertainty import SCORE_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,19 @@ def headers(job: Job) -> dict[str, str]:
     return {"X-Motet-Adapter": versions} if versions else {}
 
 
+def _score(job: Job) -> dict[str, str]:
+    """The one choice's, where it was asked for."""
+    only = job.choices[0].uncertainty if len(job.choices) == 1 else None
+    return {} if only is None else {SCORE_HEADER: f"{only['score']:.6f}"}
+
+
 async def answer_at_once(request: Request, job: Job, body: Callable[[], dict[str, Any]]) -> Response:
     """Wait for every choice, then send one JSON body; cancel when the client disconnects."""
 
     async def collect() -> None:
         async for _ in job:
             pass
+        await job.settle(job.choices)
 
     async with job:
         work, gone = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
@@ -46,7 +54,7 @@ async def answer_at_once(request: Request, job: Job, body: Callable[[], dict[str
         finally:
             work.cancel()
             gone.cancel()
-    return JSONResponse(body(), headers=headers(job))
+    return JSONResponse(body(), headers={**headers(job), **_score(job)})
 
 
 def answer_streaming(
@@ -68,6 +76,8 @@ def answer_streaming(
                 for event in first():
                     yield _event(event)
                 async for piece in job:
+                    if piece.finish is not None:
+                        await job.settle([piece.choice])
                     yield _event(chunk(piece))
                 if usage is not None:
                     yield _event(usage())

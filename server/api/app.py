@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI, Request
 
-from motet.server.api import adapters, chat, classify, completions, errors, merges, models, probes
+from motet.server.api import adapters, chat, classify, completions, decisions, errors, merges, models, probes
 from motet.server.api.service import Service
 
 
@@ -22,7 +22,7 @@ def create_app(service: Service) -> FastAPI:
     async def administration(request: Request) -> None:
         service.require_admin_key(request.headers.get("authorization"))
 
-    for family in (completions, chat, merges, classify, models):
+    for family in (completions, chat, merges, classify, decisions, models):
         app.include_router(family.router(service), dependencies=[Depends(inference)])
     app.include_router(adapters.router(service), dependencies=[Depends(administration)])
     app.include_router(probes.router(service))

@@ -5,6 +5,7 @@ Must not know: how tokens are computed.
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from jinja2 import TemplateError
 
+from motet.server.api import uncertainty
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
 from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
@@ -39,8 +41,14 @@ def router(service: Service) -> APIRouter:
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        wanted = Wanted(max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         async with service.voice(body) as voice:
+            wanted = Wanted(
+                max_tokens=limit,
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                uncertainty=uncertainty.resolve(
+                    body.uncertainty, request.headers.get(uncertainty.HEADER), voice.head, voice.model, draws=limit != 0
+                ),
+            )
             job = Job(service, voice, body, [prompt_of(voice, body)], wanted)
             response = _Chat(voice.tokenizer, body, job)
         if not body.stream:
@@ -106,12 +114,16 @@ class _Chat:
     def whole(self) -> dict[str, Any]:
         """The body of an answer at once."""
         choices = [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": self._logprobs(choice.logprobs),
-                "finish_reason": choice.finish,
-            }
+            self._with_uncertainty(
+                choice,
+                {
+                    "index": choice.index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": self._logprobs(choice.logprobs),
+                    "finish_reason": choice.finish,
+                },
+                choice.logprobs,
+            )
             for choice in self._job.choices
         ]
         return {**self._frame, "choices": choices, "usage": self._job.usage()}
@@ -132,8 +144,14 @@ class _Chat:
     def _event(self, choice: Choice, delta: dict[str, str], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
         reported = self._logprobs(logprobs) if logprobs else None
         body = {"index": choice.index, "delta": delta, "logprobs": reported, "finish_reason": choice.finish}
-        event = {**self._frame, "choices": [body]}
+        event = {**self._frame, "choices": [self._with_uncertainty(choice, body, logprobs)]}
         return {**event, "usage": self._job.usage()} if self._continuous else event
+
+    def _with_uncertainty(
+        self, choice: Choice, body: dict[str, Any], logprobs: Sequence[TokenLogprobs]
+    ) -> dict[str, Any]:
+        text = functools.partial(token_text, self._tokenizer)
+        return uncertainty.add(body, self._job.inquiry.asked, choice.uncertainty, logprobs, text)
 
     def _logprobs(self, positions: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._body.logprobs:

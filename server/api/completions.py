@@ -5,6 +5,7 @@ Must not know: how tokens are computed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 import uuid
@@ -14,6 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from motet.server.api import uncertainty
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
 from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
@@ -35,13 +37,22 @@ def router(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is honoured only where it equals n: answers are not ranked", "best_of")
-        wanted = Wanted(
-            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
-            logprobs=body.logprobs,
-            prompt_logprobs=body.logprobs if body.echo else None,
-        )
         async with service.voice(body) as voice:
-            job = Job(service, voice, body, prompts_of(voice, body), wanted)
+            prompts = prompts_of(voice, body)
+            wanted = Wanted(
+                max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+                logprobs=body.logprobs,
+                prompt_logprobs=body.logprobs if body.echo else None,
+                uncertainty=uncertainty.resolve(
+                    body.uncertainty,
+                    request.headers.get(uncertainty.HEADER),
+                    voice.head,
+                    voice.model,
+                    prompts=len(prompts),
+                    draws=body.max_tokens != 0,
+                ),
+            )
+            job = Job(service, voice, body, prompts, wanted)
             response = _Completion(voice.tokenizer, body, job)
         if not body.stream:
             return await answer_at_once(request, job, response.whole)
@@ -126,7 +137,9 @@ class _Completion:
                 "text_offset": ends[:-1],
             }
         self._begun.add(choice.index)
-        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
+        said = {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
+        of_token = functools.partial(token_text, self._tokenizer)
+        return uncertainty.add(said, self._job.inquiry.asked, choice.uncertainty, chosen, of_token)
 
 
 def _top(tokenizer: Tokenizer, position: TokenLogprobs) -> dict[str, float]:

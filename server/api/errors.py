@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from motet.adapters import errors as adapter_errors
 from motet.server.api.scoring import ScoringError
+from motet.server.heads.errors import HeadError
 
 
 class ApiError(Exception):
@@ -114,6 +115,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ScoringError)
     async def _scoring(request: Request, error: ScoringError) -> JSONResponse:
+        return await _api(request, ApiError(500, str(error), code="generation_failed"))
+
+    @app.exception_handler(HeadError)
+    async def _head(request: Request, error: HeadError) -> JSONResponse:
         return await _api(request, ApiError(500, str(error), code="generation_failed"))
 
     @app.exception_handler(RequestValidationError)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from motet.server.api import uses
 from motet.server.api.errors import ApiError, bad_request
+from motet.server.api.inquiry import Inquiry
 from motet.server.api.schemas import MOST_STOPS, GenerationBody
 from motet.server.api.service import Service
 from motet.server.api.text import Detokenizer
+from motet.server.api.uncertainty import Asked
 from motet.server.api.voice import Voice
 from motet.server.engine.types import FinishReason, Sampling, TokenEvent, TokenLogprobs
 
@@ -29,11 +32,13 @@ class Wanted:
         logprobs: most likely tokens to report per drawn token; None reports nothing.
         prompt_logprobs: the same for the prompt.
         max_tokens: None fills the context.
+        uncertainty: None says nothing of it.
     """
 
     max_tokens: int | None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    uncertainty: Asked | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +47,7 @@ class Choice:
 
     Attributes:
         prompt_logprobs: of prompt tokens 1, 2, …; token 0 has none.
+        uncertainty: of the whole generation, once `settle` found it.
     """
 
     index: int
@@ -54,6 +60,7 @@ class Choice:
     finish: str | None = None
     cached_tokens: int = 0
     latest_s: float | None = None
+    uncertainty: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class Job:
         samplings = [_sampling(service.base.max_length, voice, body, prompt, wanted) for prompt in prompts]
         stops = _stops(body)
         self.drop_drawn = wanted.max_tokens == 0
+        self.inquiry = Inquiry(wanted.uncertainty, service.heads, body.seed)
         self.prompts = prompts
         # Nothing from here to the submission may refuse the request: nobody would end the stream.
         self.versions = [one.lease.version for one in voice.applied]
@@ -125,6 +133,7 @@ class Job:
         for generation in self._stream.unfinished:
             self._service.engine.cancel(generation)
         self._service.streams.close(self._stream)
+        self.inquiry.close()
         finished = all(choice.finish for choice in self.choices)
         failed = kind is not None and issubclass(kind, Exception)  # a cancelled task is none
         outcome = "failed" if failed else "finished" if finished else "cancelled"
@@ -155,6 +164,7 @@ class Job:
 
     def _take(self, choice: Choice, event: TokenEvent, token: int) -> Piece:
         self._time(choice)
+        self.inquiry.hear(self._prompt_of(choice), event.feature)
         choice.cached_tokens = event.cached_tokens
         if self.drop_drawn:
             choice.finish = FinishReason.LENGTH
@@ -173,6 +183,14 @@ class Job:
             text += choice.detokenizer.flush()
         choice.text += text
         return Piece(choice, text, event.logprobs, choice.finish)
+
+    async def settle(self, choices: Sequence[Choice]) -> None:
+        """Find out the uncertainty of choices that are complete, where it was asked for."""
+        for choice in choices:
+            choice.uncertainty = await self.inquiry.found(self._prompt_of(choice), choice.logprobs)
+
+    def _prompt_of(self, choice: Choice) -> int:
+        return choice.index // (len(self.choices) // len(self.prompts))
 
     def _time(self, choice: Choice) -> None:
         now_s, metrics = time.perf_counter(), self._service.metrics
@@ -253,6 +271,8 @@ def _sampling(max_length: int, voice: Voice, body: GenerationBody, prompt: Seque
         logit_bias=_logit_bias(body, voice.vocabulary),
         top_logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
+        spread=wanted.uncertainty is not None and wanted.uncertainty.spread,
+        feature=wanted.uncertainty is not None and wanted.uncertainty.head is not None,
     )
 
 

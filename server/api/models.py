@@ -12,6 +12,7 @@ from fastapi import APIRouter
 
 from motet.adapters.registry import AdapterInfo
 from motet.server.api.service import Service
+from motet.server.api.uncertainty import offered
 
 
 def router(service: Service) -> APIRouter:
@@ -46,6 +47,7 @@ def _adapter(service: Service, info: AdapterInfo) -> dict[str, Any]:
         "bytes": receipt.resident_bytes,
         "exact": receipt.exact,
         "error": None if receipt.error is None else {"summary": str(receipt.error), **asdict(receipt.error)},
+        "uncertainty": offered(info.head),
     }
     return card
 

@@ -22,6 +22,8 @@ MOST_BETA = 1e6
 MOST_SEED = 1 << 63
 """What random generators take."""
 MOST_EXPIRES_S = 7 * 24 * 3600
+MOST_SAMPLES = 100_000
+"""Draws of a Monte Carlo answer: its probabilities are then off by about 0.001."""
 
 
 class Body(BaseModel):
@@ -84,11 +86,22 @@ class MergeBody(Body):
     expires_s: int = Field(default=3600, ge=1, le=MOST_EXPIRES_S)
 
 
+class UncertaintyBody(Body):
+    """`uncertainty`: `samples` 0 is exact; `auto` is the adapter's head where it has one, else the logits."""
+
+    method: Literal["auto", "logprob", "vbll", "softmax"] = "auto"
+    level: list[Literal["sequence", "token"]] = Field(default=["sequence"], min_length=1, max_length=2)
+    samples: int = Field(default=0, ge=0, le=MOST_SAMPLES)
+    on_unsupported: Literal["error", "omit"] = "error"
+
+
 class ClassifyBody(Body):
-    """POST /v1/classify."""
+    """POST /v1/classify; `seed` is that of the samples."""
 
     model: str = Field(min_length=1)
     input: Text | list[Text]
+    uncertainty: bool | UncertaintyBody | None = None
+    seed: int | None = None
 
 
 class GenerationBody(Body):
@@ -125,6 +138,7 @@ class GenerationBody(Body):
     merge_method: Literal["linear", "ties", "dare_ties"] = "linear"
     density: float | None = None
     merge_seed: int | None = Field(default=None, ge=0, lt=MOST_SEED)
+    uncertainty: bool | UncertaintyBody | None = None
     user: str | None = None
     request_id: str | None = None
     metadata: dict[str, Any] | None = None

@@ -82,11 +82,17 @@ class Scorer:
         Raises:
             ScoringError: a prompt does not fit the base model, or its step failed.
         """
-        found: dict[int, torch.Tensor] = {}
-        async for index, event in self._events(questions, FEATURE):
-            if event.feature is not None:
-                found[index] = event.feature
-        return torch.stack([found[index] for index in range(len(questions))])
+        return torch.stack([event.feature for event in await self.first_tokens(questions, FEATURE)])
+
+    async def first_tokens(self, questions: Sequence[Question], sampling: Sampling) -> list[TokenEvent]:
+        """What the engine says with the first token that it draws for each prompt.
+
+        Raises:
+            ScoringError: a prompt does not fit the base model, or its step failed.
+        """
+        events = self._events(questions, sampling)
+        found = {index: event async for index, event in events if event.token is not None}
+        return [found[index] for index in range(len(questions))]
 
     async def _events(self, questions: Sequence[Question], sampling: Sampling) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Number of the question and what the engine says of it; all are submitted at once."""

@@ -20,6 +20,7 @@ from motet.adapters.registry import Registry
 from motet.server.api import merge_asks, uses
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.errors import ApiError
+from motet.server.api.heads import Heads
 from motet.server.api.merged import Merged
 from motet.server.api.merging import MARK, Merging
 from motet.server.api.placeholders import Placeholders
@@ -64,6 +65,7 @@ class Service:
     keys: Keys
     adapter_roots: Sequence[Path]
     max_waiting: int
+    heads: Heads = field(default_factory=Heads)
     ready: bool = False
     draining: bool = False
     _placeholders: weakref.WeakKeyDictionary[InstanceGate, Placeholders] = field(
@@ -146,18 +148,20 @@ class Service:
         first = uses.held(applied[0])
         name = f"adapter {' + '.join(one.lease.version.name for one in applied)!r}"
         own, gate = first.resident.own, first.resident.gate
+        as_it_is = body.merge is None and first.version.name == body.model
+        head = first.resident.head if as_it_is else None
         vocabulary = self.registry.residency.vocabulary(first.slot) or self.base.vocabulary
         tokenizer, end_tokens = (
             (self.tokenizer, self.base.end_tokens) if own is None else (own.tokenizer, own.end_tokens)
         )
         if not isinstance(gate, InstanceGate) or body.gate is None:
-            return Voice(applied, name, tokenizer, vocabulary, end_tokens)
+            return Voice(applied, name, tokenizer, vocabulary, end_tokens, head=head)
         if gate not in self._placeholders:
             # It copies the tokenizer: 0.1 s, once for each adapter.
             self._placeholders[gate] = await asyncio.to_thread(Placeholders, tokenizer, gate)
         places = self._placeholders[gate]
         items = {"history": body.gate.history, "candidates": body.gate.candidates}
-        return Voice(applied, name, places.tokenizer, vocabulary, end_tokens, places, items)
+        return Voice(applied, name, places.tokenizer, vocabulary, end_tokens, places, items, head)
 
     def fingerprint(self, applied: Sequence[Applied]) -> str:
         """`system_fingerprint`: base weights, and the adapters' content; gates are no part of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from motet.adapters.heads import HeadFile
 from motet.server.api.placeholders import Placeholders
 from motet.server.api.text import Tokenizer
 from motet.server.engine.types import Applied, GivenInput
@@ -24,6 +25,7 @@ class Voice:
         end_tokens: end a generation unless ignored.
         placeholders: places in prompts where items may stand; None where they may not.
         items: item ids by the names of the request's fields.
+        head: of the one adapter, where the request uses it as it is: a head is not trained on mixtures and merges.
     """
 
     applied: Sequence[Applied]
@@ -33,6 +35,7 @@ class Voice:
     end_tokens: frozenset[int]
     placeholders: Placeholders | None = None
     items: Mapping[str, Sequence[int] | None] = field(default_factory=dict)
+    head: HeadFile | None = None
 
     @property
     def prompt_vocabulary(self) -> int:

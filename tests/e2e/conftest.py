@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig
 
 from motet.server.model.default_model import ensure_default_model
-from tests.e2e.gated import Gated, serving
+from tests.e2e import gated as gated_servers, headed as headed_servers
+from tests.e2e.gated import Gated
+from tests.e2e.headed import Headed
 from tests.e2e.process import ADMIN_KEY, Server
 from tests.support.layout import Layout
 from tests.support.layouts import make
@@ -116,7 +118,13 @@ def administered(
 @pytest.fixture(scope="session")
 def gated(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_tokenizer: Any) -> Iterator[Gated]:
     """The random Llama, "tiny", with adapters whose factors each request gives."""
-    yield from serving(tmp_path_factory.mktemp("gated"), tiny_model, tiny_tokenizer)
+    yield from gated_servers.serving(tmp_path_factory.mktemp("gated"), tiny_model, tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def headed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_tokenizer: Any) -> Iterator[Headed]:
+    """The random Llama, "tiny", with adapters that have output heads."""
+    yield from headed_servers.serving(tmp_path_factory.mktemp("headed"), tiny_model, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
