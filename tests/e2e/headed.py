@@ -31,7 +31,7 @@ HEADS: Mapping[str, HeadFile] = {
     "dense": random_head("dense", ("red", "green", "blue"), WIDTH, seed=1),
     "tenant/diagonal": random_head("diagonal", ("a", "b", "c", "d", "e"), WIDTH, seed=2, spread=3.0),
     "judge": random_head(
-        "lowrank", ("No", "Yes"), WIDTH, seed=3, temperature=1.5, threshold=0.3, calibration=CALIBRATION
+        "lowrank", ("No", "Yes"), WIDTH, seed=3, spread=6.0, temperature=1.5, threshold=0.3, calibration=CALIBRATION
     ),
     "softmax": random_head("softmax", ("low", "middle", "high"), WIDTH, seed=4),
 }
