@@ -57,5 +57,4 @@ class Inquiry:
     def close(self) -> None:
         """Nobody waits any more."""
         for answer in self._answers.values():
-            if not answer.cancel() and not answer.cancelled():
-                answer.exception()  # looked at, so that asyncio does not report it
+            answer.cancel()

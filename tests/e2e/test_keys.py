@@ -34,7 +34,7 @@ def test_no_valid_key(keyed: Server, key: str) -> None:
     headers = {"Authorization": f"Bearer {key}".strip()}
     asked = [("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("POST", "/v1/classify")]
     asked += [("POST", "/v1/adapters/a/merges"), ("GET", "/v1/adapters/a/merges"), ("GET", "/v1/adapters/a/merges/b")]
-    for method, path in (*asked, ("DELETE", "/v1/adapters/a/merges/b")):
+    for method, path in (*asked, ("DELETE", "/v1/adapters/a/merges/b"), ("POST", "/v1/decisions")):
         for sent in (headers, {}, {"Authorization": f"Basic {KEYS[0]}"}, {"X-API-Key": KEYS[0]}):
             response = keyed.http.request(method, path, json=body, headers=sent)
             assert response.status_code == 401

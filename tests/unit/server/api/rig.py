@@ -84,6 +84,7 @@ class Running:
             lambda _: 1.0,
             frozenset({"q_proj.weight"}),
             lambda _: weight,
+            config={"hidden_size": 4},
         )
         self.runner = CountingRunner()
         self.scheduler = Scheduler(BlockPool(64, 4), limits)
