@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from motet.server.heads.errors import HeadError
-from motet.server.heads.token_uncertainty import SequenceUncertainty, of_logprobs, spread
+from motet.server.heads.token_uncertainty import PIECE, SequenceUncertainty, of_logprobs, spread
 
 P_TV = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.1, 0.2, 0.3, 0.4], [0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
 
@@ -19,6 +19,13 @@ def test_tokens_by_hand(dtype: torch.dtype) -> None:
     second = -sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))
     assert entropy_T.tolist() == pytest.approx([1.5 * math.log(2), second, 0.0])
     assert margin_T.tolist() == pytest.approx([0.25, 0.1, 1.0])
+
+
+def test_a_large_vocabulary_is_one_distribution() -> None:
+    """Larger than the pieces it is computed in, and no multiple of them."""
+    logits_TV = 3 * torch.randn(3, 2 * PIECE + 77, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    entropy_T, _ = spread(logits_TV.log_softmax(-1))
+    assert entropy_T.tolist() == pytest.approx(torch.distributions.Categorical(logits=logits_TV).entropy().tolist())
 
 
 def test_a_sequence_by_hand() -> None:
