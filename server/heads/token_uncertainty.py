@@ -49,7 +49,7 @@ def spread(logprob_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         [T] and [T] in the same dtype.
     """
     entropy_T = logprob_TV.new_zeros(len(logprob_TV))
-    for piece_TP in logprob_TV.split(PIECE, -1):
+    for piece_TP in torch.split(logprob_TV, PIECE, -1):
         entropy_T -= (piece_TP.exp() * piece_TP.clamp_min(LEAST_LOGPROB)).sum(-1)
     first_T2 = logprob_TV.topk(2, -1).values.exp()
     return entropy_T.clamp_min(0), first_T2[:, 0] - first_T2[:, 1]

@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "motet.server.config",
         "motet.server.errors",
         "motet.server.metrics",
+        "motet.server.heads",
         "motet.adapters",
     ],
 }
