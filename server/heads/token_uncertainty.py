@@ -14,9 +14,7 @@ import torch
 
 from motet.server.heads.errors import HeadError
 
-LEAST_LOGPROB = -800.0
-"""exp of it is 0 in every dtype; 0 times a number, not infinity, is then 0."""
-PIECE = 1 << 14
+PIECE = 3 << 13
 """Words of one token that torch computes without waking other threads: waiting for them took longer than the work, on a
 busy machine a millisecond."""
 
@@ -43,14 +41,15 @@ def spread(logprob_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Entropies in nats, and how much more probable the likeliest word is than the second.
 
     Args:
-        logprob_TV: log-probabilities of the whole vocabulary, of at least two words; -inf is a word that cannot come.
+        logprob_TV: log-probabilities of the whole vocabulary, of at least two words; -inf is a word that cannot come,
+            NaN there is none.
 
     Returns:
         [T] and [T] in the same dtype.
     """
     entropy_T = logprob_TV.new_zeros(len(logprob_TV))
     for piece_TP in torch.split(logprob_TV, PIECE, -1):
-        entropy_T -= (piece_TP.exp() * piece_TP.clamp_min(LEAST_LOGPROB)).sum(-1)
+        entropy_T -= piece_TP.exp().mul_(piece_TP).nansum(-1)  # a word that cannot come is 0 times -inf: nothing
     first_T2 = logprob_TV.topk(2, -1).values.exp()
     return entropy_T.clamp_min(0), first_T2[:, 0] - first_T2[:, 1]
 
