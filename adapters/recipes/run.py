@@ -19,7 +19,7 @@ from motet.adapters.checkpoint import MODEL_CONFIG
 from motet.adapters.recipes import checkpoint, knowledge, users
 from motet.adapters.recipes.corpus import Corpus, packed
 from motet.adapters.recipes.errors import OutputError, TargetError
-from motet.adapters.recipes.loop import Loop, Schedule
+from motet.adapters.recipes.loop import Loop, Schedule, question_states
 from motet.adapters.recipes.quality import label_tokens
 from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
@@ -110,7 +110,19 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
     def encoder() -> Mapping[str, torch.Tensor]:
         return users.encoder(tasks, data)
 
-    setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, samples, classes, encoder)
+    setup = Setup(
+        base.model,
+        recipe,
+        order.rank,
+        order.alpha,
+        order.targets,
+        base.name,
+        samples,
+        classes,
+        encoder,
+        labels=(tasks[0].choices or ()) if len(tasks) == 1 else (),
+        n_rows=len(corpus.rows),
+    )
     trainee = STARTS[order.method](setup)
     if trainee.for_users is not None:
         corpus = corpus.personal(users.histories(tasks, data, "train"))
@@ -168,5 +180,7 @@ class Run:
                 checkpoint.keep(self._unfinished, self.loop.state(), self._settings)
             yield loss
         self.trainee.round_as_saved(getattr(torch, RECIPES[self._order.method].saved_dtype))
+        if self.trainee.refit is not None:
+            self.trainee.refit(question_states(self.trainee, self.loop.corpus, self._order.batch))
         self.trainee.save(self._out)
         shutil.rmtree(self._unfinished)

@@ -16,7 +16,7 @@ from typing import Any
 from motet.adapters.recipes import users
 from motet.adapters.recipes.readers import Example, History
 from motet.adapters.recipes.run import Order
-from motet.adapters.recipes.scoring import Track, answers, score
+from motet.adapters.recipes.scoring import Classify, Track, answers, score
 from motet.adapters.recipes.tasks import JOINED, Task, examples, split_name
 
 FILE = "scores.json"
@@ -58,12 +58,14 @@ class Exam:
         track: Track[int],
         told: bool,
         for_users: Callable[[Sequence[History]], None] | None = None,
+        classify: Classify | None = None,
     ) -> Result:
         """A model's scores.
 
         Args:
             told: whether it is told the form of the answer, as a base model must be.
             for_users: the trainee's, which the model must be told its rows' users by.
+            classify: the trainee's, by which it answers in place of the vocabulary's logits.
         """
 
         def before(numbers: Sequence[int]) -> None:
@@ -74,8 +76,10 @@ class Exam:
             if for_users is not None:
                 for_users([self.task.demo_history])
 
-        scores = score(model, tokenizer, self.task, self.rows, self.task.hint if told else "", track, before)
-        return Result(scores, answers(model, tokenizer, self.task, [self.task.demo], before=before_demo)[0][0])
+        hint = self.task.hint if told else ""
+        scores = score(model, tokenizer, self.task, self.rows, hint, track, before, classify)
+        demo, _ = answers(model, tokenizer, self.task, [self.task.demo], before=before_demo, classify=classify)
+        return Result(scores, demo[0])
 
 
 @dataclass(frozen=True, slots=True)

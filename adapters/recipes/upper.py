@@ -58,7 +58,8 @@ def cut(model: Any, corpus: Corpus, n_layers: int) -> KeptCorpus:
     body.layers, body.norm = layers[-n_layers:], norm
     for number, layer in enumerate(body.layers):
         layer.self_attn.layer_idx = number  # its place in the cache
-    body.embed_tokens = nn.Embedding.from_pretrained(torch.cat([prefix_SD, *rows_SD]))
+    table_SD = torch.cat([prefix_SD, *rows_SD])
+    body.embed_tokens = nn.Embedding(len(table_SD), table_SD.shape[1], _weight=table_SD, _freeze=True)
     prefix = list(range(len(prefix_SD)))
     rows, next_state = [], len(prefix)
     for asked, told in corpus.rows:
