@@ -142,10 +142,9 @@ class VariationalHead(nn.Module):
         ) / 2
 
     def _noise_prior(self) -> torch.Tensor:
-        log_precision = -2 * self.noise_logdiag
-        return (
-            DOF + len(self.noise_logdiag) + 1
-        ) / 2 * log_precision.sum() - WISHART_SCALE / 2 * log_precision.exp().sum()
+        log_precision_C = -2 * self.noise_logdiag
+        dof = DOF + len(log_precision_C) + 1
+        return (dof * log_precision_C.sum() - WISHART_SCALE * log_precision_C.exp().sum()) / 2
 
 
 def tensors(head: nn.Module) -> Mapping[str, torch.Tensor]:
