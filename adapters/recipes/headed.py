@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from motet.adapters import heads
-from motet.adapters.heads import Parameterization
+from motet.adapters.heads import HeadFile, Parameterization
 from motet.adapters.recipes import variational
 from motet.adapters.recipes.errors import DataError
 from motet.adapters.recipes.trainee import Setup, Trainee
@@ -38,6 +38,7 @@ def start(
 
     Raises:
         DataError: the answers are not one list of words, each one token.
+        FormatError: the file of a head cannot say the seed.
     """
     if not setup.labels:
         raise DataError("a head learns one task whose answers are a list of words; choose one such --task, not several")
@@ -63,20 +64,22 @@ def start(
         rows, y_N = (labels_N[:, None] == tokens_C).nonzero(as_tuple=True)
         return head.loss(states_ND[rows], y_N)
 
+    def file() -> HeadFile:
+        return HeadFile(
+            parameterization=parameterization,
+            labels=setup.labels,
+            tensors=variational.tensors(head),
+            label_token_ids=tuple(tokens),
+            n_train=setup.n_rows,
+            seed=seed,
+            **facts,
+        )
+
+    heads.checked(file())  # rather than after the training
+
     def save(folder: Path) -> None:
         """The head first: a folder is complete with its configuration."""
-        heads.write(
-            heads.HeadFile(
-                parameterization=parameterization,
-                labels=setup.labels,
-                tensors=variational.tensors(head),
-                label_token_ids=tuple(tokens),
-                n_train=setup.n_rows,
-                seed=seed,
-                **facts,
-            ),
-            folder,
-        )
+        heads.write(file(), folder)
         trainee.save(folder)
 
     named = dict(head.named_parameters(prefix="head"))

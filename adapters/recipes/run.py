@@ -181,6 +181,7 @@ class Run:
             yield loss
         self.trainee.round_as_saved(getattr(torch, RECIPES[self._order.method].saved_dtype))
         if self.trainee.refit is not None:
+            self.trainee.model.eval()
             self.trainee.refit(question_states(self.trainee, self.loop.corpus, self._order.batch))
         self.trainee.save(self._out)
         shutil.rmtree(self._unfinished)

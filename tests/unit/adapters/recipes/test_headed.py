@@ -13,6 +13,7 @@ import torch
 from vbll import DiscClassification
 
 from motet.adapters import heads
+from motet.adapters.errors import ConfigError
 from motet.adapters.heads import HeadFile, Parameterization
 from motet.adapters.recipes import variational
 from motet.adapters.recipes.errors import DataError
@@ -163,6 +164,13 @@ def test_a_task_without_one_list_of_answers_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="a head learns one task whose answers are a list of words; choose one such"):
         begin(order("polar-vbll", task=task), base(), data if task == "wikisql" else label_tasks)
+
+
+def test_a_seed_that_the_file_cannot_hold_is_refused_before_the_training(
+    base: Bases, order: Orders, label_tasks: Path
+) -> None:
+    with pytest.raises(ConfigError, match="seed 18446744073709551615 is not a whole number from 0"):
+        begin(order("polar-vbll", task=PARTS, seed=-1), base(), label_tasks)
 
 
 def test_the_scores_are_the_heads(base: Bases, order: Orders, label_tasks: Path) -> None:
