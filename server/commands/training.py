@@ -136,7 +136,9 @@ def train(
         _follow(running, running.loop.done, order.steps)
         track, trainee = _tracked("the adapter answers"), running.trainee
         taught = trainee.model, base.tokenizer, track
-        results = [exam.taken_by(*taught, False, trainee.for_users, trainee.classify) for exam in exams]
+        results = [
+            exam.taken_by(*taught, told=False, for_users=trainee.for_users, classify=trainee.classify) for exam in exams
+        ]
         if exams:
             scorecard.write(out, order, exams, base_results, results)
     losses = running.loop.losses
