@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def start(
     mean_CD = rows_CD - rows_CD.mean(0)
     if parameterization is Parameterization.SOFTMAX:
         head: SoftmaxHead | VariationalHead = SoftmaxHead(mean_CD)
-        facts = {}
+        facts: dict[str, Any] = {}
     else:
         head = VariationalHead(mean_CD, parameterization, setup.n_rows)
         facts = {
