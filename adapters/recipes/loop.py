@@ -96,7 +96,7 @@ class Loop:
             self._forget_frozen()
             self._trainee.model.train()
             if self._trainee.for_users is not None:
-                self._trainee.for_users(self.corpus.users(numbers))
+                self._trainee.for_users(self.corpus.users_of(numbers))
             loss, total = self._loss(numbers)
             total.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trainee.trainable.values(), LARGEST_NORM)
@@ -162,7 +162,7 @@ def held_out_losses(
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
         if trainee.for_users is not None:
-            trainee.for_users(corpus.users(numbers))
+            trainee.for_users(corpus.users_of(numbers))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses = answer_losses(trainee.model, corpus.prefix, corpus.batch(numbers))
         parts = torch.split(losses, [counts[number] for number in numbers])
@@ -183,7 +183,7 @@ def question_states(trainee: Trainee, corpus: Corpus, size: int) -> torch.Tensor
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
         if trainee.for_users is not None:
-            trainee.for_users(corpus.users(numbers))
+            trainee.for_users(corpus.users_of(numbers))
         states_ND, _ = answer_states(trainee.model, corpus.prefix, corpus.batch(numbers))
         first = 0
         for number in numbers:

@@ -24,6 +24,7 @@ STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
     "polar": polar.start,
     "s2ft": s2ft.start,
     "emtal": emtal.start,
+    "llara": partial(ilora.start, experts=1),
     "ilora": ilora.start,
     "lora-head": partial(headed.start, body=plain.start, parameterization=Parameterization.SOFTMAX),
     "polar-vbll": partial(headed.start, body=polar.start, parameterization=Parameterization.DENSE),

@@ -66,7 +66,7 @@ def cut(model: Any, corpus: Corpus, n_layers: int) -> KeptCorpus:
         middle, end = next_state + len(asked), next_state + len(asked) + len(told)
         rows.append((list(range(next_state, middle)), list(range(middle, end))))
         next_state = end
-    return KeptCorpus(prefix, rows, corpus.histories, tuple(told for _, told in corpus.rows))
+    return KeptCorpus(prefix, rows, corpus.users, tuple(told for _, told in corpus.rows))
 
 
 def _states(body: Any, corpus: Corpus) -> tuple[torch.Tensor, list[torch.Tensor]]:
