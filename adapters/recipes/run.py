@@ -18,12 +18,13 @@ from torch import nn
 from motet.adapters.checkpoint import MODEL_CONFIG
 from motet.adapters.recipes import checkpoint, knowledge, users
 from motet.adapters.recipes.corpus import Corpus, packed
+from motet.adapters.recipes.episodes import Episodes
 from motet.adapters.recipes.errors import OutputError, TargetError
 from motet.adapters.recipes.loop import Loop, Schedule
 from motet.adapters.recipes.quality import label_tokens
 from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
-from motet.adapters.recipes.tasks import interleaved, named
+from motet.adapters.recipes.tasks import examples, interleaved, named
 from motet.adapters.recipes.trainee import Setup, Trainee
 from motet.adapters.source import CONFIG_FILE
 
@@ -93,6 +94,11 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
     recipe = RECIPES[order.method]
     _check_targets(order, base)
     tasks = named(order.task)
+    schedule = Schedule(order.steps, order.learning_rate, order.batch, order.seed)
+    if recipe.episodes:
+        episodes = Episodes.of(base.tokenizer, [examples(task, data, "train") for task in tasks])
+        setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, list, episodes=episodes)
+        return (trainee := STARTS[order.method](setup)), Loop(trainee, episodes, schedule)
     corpus = Corpus.of(base.tokenizer, interleaved(tasks, data, "train"))
 
     def samples() -> Sequence[torch.Tensor]:
@@ -114,7 +120,7 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
     trainee = STARTS[order.method](setup)
     if trainee.for_users is not None:
         corpus = corpus.personal(users.histories(tasks, data, "train"))
-    return trainee, Loop(trainee, corpus, Schedule(order.steps, order.learning_rate, order.batch, order.seed))
+    return trainee, Loop(trainee, corpus, schedule)
 
 
 def _check_targets(order: Order, base: Base) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from motet.adapters.recipes import corda, emtal, eva, ilora, lisa, plain, polar, s2ft
+from motet.adapters.recipes import amt, corda, emtal, eva, ilora, lisa, plain, polar, s2ft
 from motet.adapters.recipes.trainee import Setup, Trainee
 
 STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
@@ -23,6 +23,7 @@ STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
     "s2ft": s2ft.start,
     "emtal": emtal.start,
     "ilora": ilora.start,
+    "amt": amt.start,
     "lisa": lisa.lisa,
     "full": lisa.full,
 }

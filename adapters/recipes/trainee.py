@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from motet.adapters.recipes.episodes import Episodes
 from motet.adapters.recipes.readers import History
 from motet.adapters.recipes.table import Recipe
 
@@ -28,6 +29,7 @@ class Setup:
         samples: [1, T] token ids to calibrate with, made when asked for.
         classes: of each task the token ids of its label words, made when asked for; none where a task has no such.
         encoder: the weights of the network that reads the histories of the task's users, made when asked for.
+        episodes: the rows of the task as texts with a label; None where they are questions to answer.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class Setup:
     samples: Callable[[], Sequence[torch.Tensor]]
     classes: Callable[[], Sequence[Sequence[int]]] = tuple
     encoder: Callable[[], Mapping[str, torch.Tensor]] = dict
+    episodes: Episodes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,9 @@ class Trainee:
         rates: by the name of a trained tensor its share of the learning rate; 1 where it is absent.
         for_users: called before every forward, in training or not, with the history of each row's user; None where
             the model does not depend on users.
+        own_loss: of the rows of a step, by their numbers, in place of the cross entropy of answers; gradients reach the
+            trained tensors.
+        turns: steps in a row that see the same rows.
     """
 
     model: Any
@@ -69,6 +75,8 @@ class Trainee:
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     for_users: Callable[[Sequence[History]], None] | None = None
+    own_loss: Callable[[Sequence[int]], torch.Tensor] | None = None
+    turns: int = 1
 
     def round_as_saved(self, dtype: torch.dtype) -> None:
         """Make the trained tensors what a file of this dtype gives back."""

@@ -36,7 +36,9 @@ OWN_CONFIG = ("s2ft", "emtal")
 """Not a LoraConfig: test_s2ft.py, test_emtal.py."""
 OF_USERS = "ilora"
 """Its model runs for users only: test_ilora.py."""
-METHODS = [method for method in RECIPES if method != OF_USERS]
+OF_EPISODES = "amt"
+"""It learns from labelled texts, and saves a pool: test_amt.py."""
+METHODS = [method for method in RECIPES if method not in (OF_USERS, OF_EPISODES)]
 ADAPTERS = [method for method in METHODS if RECIPES[method].targets]
 """The others save a whole model: test_lisa.py."""
 
@@ -98,7 +100,7 @@ def test_every_recipe_has_a_start() -> None:
 def test_differences_of_pairs_are_saved_in_full() -> None:
     """In bfloat16, B A - B0 A0 would be mostly rounding."""
     full = {method for method, recipe in RECIPES.items() if recipe.saved_dtype == "float32"}
-    assert full == {"pissa", "olora", "corda-ipm", "corda-kpm"}
+    assert full == {"pissa", "olora", "corda-ipm", "corda-kpm", "amt"}
 
 
 @pytest.mark.parametrize("method", METHODS)
