@@ -126,7 +126,8 @@ class Adversary:
         return loss + KL_SHARE * kl_div(moved_NC, logits_NC.log_softmax(1), reduction="batchmean", log_target=True)
 
     def _logits(self, states_BTD: torch.Tensor, last_B: torch.Tensor, means_CD: torch.Tensor) -> torch.Tensor:
-        return self.pool.scale_cls * cosines(last(states(self.upper, states_BTD), last_B), means_CD)
+        found_NC = cosines(last(states(self.upper, states_BTD), last_B), means_CD)
+        return found_NC * self.pool.scale_cls
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

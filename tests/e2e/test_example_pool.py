@@ -54,5 +54,6 @@ def test_a_pool_without_weights_is_refused(server: Server) -> None:
 def test_the_page_of_the_examples_says_what_is_asked_here() -> None:
     page = (Path(__file__).parents[2] / "examples" / "adapters" / "README.md").read_text()
     (block,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    for text in (PATH, *QUESTIONS, *(text for texts in SUPPORT.values() for text in texts)):
+    assert f"`POST {PATH}`" in page
+    for text in (*QUESTIONS, *(text for texts in SUPPORT.values() for text in texts)):
         assert text in block, text
