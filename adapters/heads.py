@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from motet.adapters import calibration as calibrations
 from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file
+from motet.adapters.calibration import Calibration
 from motet.adapters.errors import (
     AdapterExistsError,
     ConfigError,
@@ -34,6 +36,7 @@ from motet.adapters.errors import (
     UnmatchedTensorError,
     listed,
 )
+from motet.adapters.ranges import Range, require_numbers
 from motet.adapters.version import Digest
 
 HEAD_CONFIG = "uncertainty_head.json"
@@ -68,6 +71,7 @@ class HeadFile:
         n_train, prior_scale, seed, wishart_scale, dof: of the training, where known; nothing is computed from them.
         temperature: the logits are to be divided by it.
         threshold: of 1 - max p, above which the head abstains; None where it never does.
+        calibration: how good the answers with this temperature were found to be; None where nobody looked.
         tensors: float32 on the CPU.
     """
 
@@ -82,6 +86,7 @@ class HeadFile:
     dof: float | None = None
     temperature: float = 1.0
     threshold: float | None = None
+    calibration: Calibration | None = None
 
     @property
     def width(self) -> int:
@@ -143,6 +148,7 @@ def parse(config: bytes, weights: bytes, limits: Limits = DEFAULT_LIMITS) -> Hea
             labels=tuple(labels) if isinstance(labels, list) else labels,
             tensors=tensors,
             label_token_ids=tuple(ids) if isinstance(ids := values["label_token_ids"], list) else ids,
+            calibration=calibrations.parse(_CALIBRATION, values["calibration"]),
             **{name: values[name] for name in _NUMBERS},
         )
     )
@@ -168,14 +174,11 @@ def checked(head: HeadFile) -> HeadFile:
                 f"{HEAD_CONFIG}: there are {len(ids)} label_token_ids and {len(labels)} labels; give as many"
             )
         _require_distinct("token id", ids)
-    for name, (kind, low, high, optional) in _NUMBERS.items():
-        value = getattr(head, name)
-        if value is None and optional:
-            continue
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and isinstance(value, kind)
-        if not fits or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise ConfigError(f"{HEAD_CONFIG}: {name} {value!r} is not {what} from {low:g} to {high:g}")
+    require_numbers(HEAD_CONFIG, head, _NUMBERS)
+    if head.calibration is not None:
+        calibrations.checked(_CALIBRATION, head.calibration)
+        if head.calibration.miss_rate is not None and head.threshold is None:
+            raise ConfigError(f"{_CALIBRATION}: miss_rate is that of a threshold, and threshold is null; give both")
     _check_tensors(head)
     return head
 
@@ -189,6 +192,7 @@ def dump(head: HeadFile) -> tuple[bytes, bytes]:
         "label_token_ids": None if head.label_token_ids is None else list(head.label_token_ids),
         "feature": FEATURE,
         **{name: getattr(head, name) for name in _NUMBERS},
+        "calibration": calibrations.dumped(head.calibration),
     }
     weights = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in head.tensors.items()})
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode(), weights
@@ -267,14 +271,14 @@ def _require_distinct(what: str, values: tuple[Any, ...]) -> None:
         raise ConfigError(f"{HEAD_CONFIG}: {what} {twice!r} stands twice; each class needs its own")
 
 
-_NUMBERS: Mapping[str, tuple[Any, float, float, bool]] = {
-    "n_train": (int, 1, LARGEST_NUMBER, True),
-    "prior_scale": (object, 1e-9, LARGEST_NUMBER, True),
-    "seed": (int, 0, 2**63 - 1, True),
-    "wishart_scale": (object, 0, LARGEST_NUMBER, True),
-    "dof": (object, 0, LARGEST_NUMBER, True),
-    "temperature": (object, 1 / LARGEST_TEMPERATURE, LARGEST_TEMPERATURE, False),
-    "threshold": (object, 0, 1, True),
+_NUMBERS: Mapping[str, Range] = {
+    "n_train": Range(int, 1, LARGEST_NUMBER, optional=True),
+    "prior_scale": Range(object, 1e-9, LARGEST_NUMBER, optional=True),
+    "seed": Range(int, 0, 2**63 - 1, optional=True),
+    "wishart_scale": Range(object, 0, LARGEST_NUMBER, optional=True),
+    "dof": Range(object, 0, LARGEST_NUMBER, optional=True),
+    "temperature": Range(object, 1 / LARGEST_TEMPERATURE, LARGEST_TEMPERATURE),
+    "threshold": Range(object, 0, 1, optional=True),
 }
-"""Field → its type, smallest and largest value, and whether it may be null."""
-_KEYS = ("version", "parameterization", "labels", "label_token_ids", "feature", *_NUMBERS)
+_CALIBRATION = f"calibration of {HEAD_CONFIG}"
+_KEYS = ("version", "parameterization", "labels", "label_token_ids", "feature", *_NUMBERS, "calibration")

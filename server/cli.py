@@ -1,4 +1,4 @@
-"""The command line: `motet serve`, `adapters`, `train`, `convert`, `export`, `verify`, `version`; the composition root.
+"""The composition root: `motet serve`, `adapters`, `train`, `convert`, `calibrate`, `export`, `verify`, `version`.
 
 Must not know: how anything works; each command has its own module, and imports what it needs when it runs.
 """
@@ -12,6 +12,7 @@ import click
 from rich.markup import escape
 
 from motet.server.commands.adapters import adapters
+from motet.server.commands.calibrate import calibrate
 from motet.server.commands.convert import convert
 from motet.server.commands.export import export
 from motet.server.commands.serving import serve
@@ -32,7 +33,7 @@ def version() -> None:
     click.echo(importlib.metadata.version("motet"))
 
 
-for command in (serve, adapters, train, convert, export, verify):
+for command in (serve, adapters, train, convert, calibrate, export, verify):
     cli.add_command(command)
 
 

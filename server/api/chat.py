@@ -41,7 +41,7 @@ def router(service: Service) -> APIRouter:
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         wanted = Wanted(max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         async with service.voice(body) as voice:
-            job = Job(service, voice, body, [_prompt(voice, body)], wanted)
+            job = Job(service, voice, body, [prompt_of(voice, body)], wanted)
             response = _Chat(voice.tokenizer, body, job)
         if not body.stream:
             return await answer_at_once(request, job, response.whole)
@@ -52,7 +52,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _prompt(voice: Voice, body: ChatBody) -> Sequence[int]:
+def prompt_of(voice: Voice, body: ChatBody) -> Sequence[int]:
     """The conversation in the model's own chat template, as token ids."""
     if not voice.tokenizer.chat_template:
         raise bad_request(f"{voice.model} has no chat template; use /v1/completions", "messages")

@@ -41,7 +41,7 @@ def router(service: Service) -> APIRouter:
             prompt_logprobs=body.logprobs if body.echo else None,
         )
         async with service.voice(body) as voice:
-            job = Job(service, voice, body, _prompts(voice, body), wanted)
+            job = Job(service, voice, body, prompts_of(voice, body), wanted)
             response = _Completion(voice.tokenizer, body, job)
         if not body.stream:
             return await answer_at_once(request, job, response.whole)
@@ -52,7 +52,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _prompts(voice: Voice, body: CompletionBody) -> Sequence[Sequence[int]]:
+def prompts_of(voice: Voice, body: CompletionBody) -> Sequence[Sequence[int]]:
     """Token ids of each prompt: a string, strings, token ids, or lists of them."""
     given = body.prompt
     several: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)

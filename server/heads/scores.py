@@ -5,6 +5,8 @@ Must not know: heads, how the probabilities came about. Shapes: N examples, C la
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 BINS = 15
@@ -27,18 +29,46 @@ def accuracy(p_NC: torch.Tensor, y_N: torch.Tensor) -> float:
     return float((p_NC.argmax(-1) == y_N).double().mean())
 
 
-def calibration_error(p_NC: torch.Tensor, y_N: torch.Tensor, bins: int = BINS) -> float:
-    """Expected calibration error.
+@dataclass(frozen=True, slots=True, eq=False)
+class Reliability:
+    """How often the likeliest label is the true one, by how sure the answer was; float64, in B bins of equal width.
 
-    Semantics: Σ_b n_b/N · |accuracy_b - confidence_b| over bins ((b-1)/B, b/B] of the largest probability.
+    Attributes:
+        count_B: examples in each bin.
+        confidence_B: mean of their largest probability; 0 where there are none.
+        accuracy_B: share of them whose likeliest label is the true one; 0 where there are none.
+    """
+
+    count_B: torch.Tensor
+    confidence_B: torch.Tensor
+    accuracy_B: torch.Tensor
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: Σ_b n_b/N · |accuracy_b - confidence_b|."""
+        gap_B = (self.accuracy_B - self.confidence_B).abs()
+        return float((self.count_B * gap_B).sum() / self.count_B.sum())
+
+
+def reliability(p_NC: torch.Tensor, y_N: torch.Tensor, bins: int = BINS) -> Reliability:
+    """By bins ((b-1)/B, b/B] of the largest probability.
 
     Source: Guo et al. 2017, https://arxiv.org/abs/1706.04599.
     """
     confidence_N, label_N = p_NC.double().max(-1)
     bin_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
-    gap_N = (label_N == y_N).double() - confidence_N
-    gap_B = gap_N.new_zeros(bins).index_add_(0, bin_N, gap_N)
-    return float(gap_B.abs().sum() / len(y_N))
+
+    def total(value_N: torch.Tensor) -> torch.Tensor:
+        return value_N.new_zeros(bins).index_add_(0, bin_N, value_N)
+
+    count_B = total(torch.ones_like(confidence_N))
+    divisor_B = count_B.clamp_min(1)
+    return Reliability(count_B, total(confidence_N) / divisor_B, total((label_N == y_N).double()) / divisor_B)
+
+
+def calibration_error(p_NC: torch.Tensor, y_N: torch.Tensor, bins: int = BINS) -> float:
+    """Expected calibration error, in bins of equal width."""
+    return reliability(p_NC, y_N, bins).error
 
 
 def auroc(score_N: torch.Tensor, positive_N: torch.Tensor) -> float:

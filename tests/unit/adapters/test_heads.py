@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from motet.adapters.bounded import Limits
+from motet.adapters.calibration import Calibration
 from motet.adapters.errors import (
     AdapterError,
     AdapterExistsError,
@@ -24,7 +25,17 @@ from motet.adapters.errors import (
     UnmatchedTensorError,
     UnsafePathError,
 )
-from motet.adapters.heads import HEAD_CONFIG, HEAD_WEIGHTS, HeadFile, Parameterization, dump, parse, read, write
+from motet.adapters.heads import (
+    HEAD_CONFIG,
+    HEAD_WEIGHTS,
+    HeadFile,
+    Parameterization,
+    checked,
+    dump,
+    parse,
+    read,
+    write,
+)
 
 C, D, R = 3, 6, 2
 KINDS = [kind.value for kind in Parameterization]
@@ -62,7 +73,13 @@ FACTS: dict[str, Any] = {
     "dof": 1.0,
     "temperature": 1.7,
     "threshold": 0.25,
+    "calibration": Calibration(set="dev ✓", n=2000, ece=0.1 / 3, nll=0.5, brier=2.0, miss_rate=0.1),
 }
+MEASURED: dict[str, Any] = {"set": "dev", "n": 1, "ece": 0, "nll": 0.5, "brier": 2, "miss_rate": None}
+
+
+def measured(**change: Any) -> dict[str, Any]:
+    return {"calibration": {**MEASURED, **change}}
 
 
 @pytest.mark.parametrize("facts", [{}, FACTS])
@@ -85,7 +102,15 @@ def test_a_folder_without_a_head(tmp_path: Path) -> None:
     assert read(tmp_path) is None
 
 
-@pytest.mark.parametrize("change", [{"threshold": 0.5}, {"labels": LABELS[::-1]}, {"tensors": tensors_of("dense", 2)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threshold": 0.5},
+        {"labels": LABELS[::-1]},
+        {"tensors": tensors_of("dense", 2)},
+        {"calibration": Calibration(**MEASURED)},
+    ],
+)
 def test_every_change_is_another_digest(change: dict[str, Any]) -> None:
     assert len(head_of().digest) == 64
     assert head_of().digest == head_of().digest != head_of(**change).digest
@@ -141,6 +166,22 @@ def edited(change: dict[str, Any], drop: str | None = None, kind: str = "dense")
         ({"prior_scale": 0}, "prior_scale 0"),
         ({"dof": -1}, "dof -1"),
         ({"wishart_scale": "a"}, "wishart_scale 'a'"),
+        ({"calibration": 0}, "is 0; it must be null or have the keys set, n, ece"),
+        ({"calibration": {"ece": 0.1}}, "has the keys ece; it must"),
+        (measured(date="2026-08-01"), "has the keys .*, date; it must"),
+        (measured(set=""), "set '' is no string of 1 to 256"),
+        (measured(set="s" * 257), "is no string of 1 to 256"),
+        (measured(set="a\n"), "set 'a.n' is no string"),
+        (measured(set=None), "set None is no string"),
+        (measured(n=0), "n 0"),
+        (measured(n=1.5), "n 1.5"),
+        (measured(ece=1.01), "ece 1.01 is not a number from 0 to 1"),
+        (measured(ece=None), "ece None"),
+        (measured(nll=float("inf")), "nll inf"),
+        (measured(nll=-0.1), "nll -0.1"),
+        (measured(brier=2.1), "brier 2.1"),
+        (measured(miss_rate=float("nan")), "miss_rate nan"),
+        (measured(miss_rate=0.1), "threshold is null"),
     ],
 )
 def test_what_the_config_cannot_say(change: dict[str, Any], said: str) -> None:
@@ -152,6 +193,14 @@ def test_what_the_config_cannot_say(change: dict[str, Any], said: str) -> None:
 def test_no_key_may_be_missing(key: str) -> None:
     with pytest.raises(ConfigError, match=f"no key '{key}'"):
         edited({}, drop=key)
+
+
+def test_a_calibration_is_read() -> None:
+    found = edited({**measured(miss_rate=0.1), "threshold": 0.5}).calibration
+    assert found == Calibration(set="dev", n=1, ece=0, nll=0.5, brier=2, miss_rate=0.1)
+    assert edited(measured()).calibration == Calibration(**MEASURED)
+    with pytest.raises(ConfigError, match="ece 2"):
+        dump(checked(head_of(calibration=Calibration(**{**MEASURED, "ece": 2}))))
 
 
 Change = Callable[[dict[str, torch.Tensor]], object]
