@@ -17,6 +17,7 @@ Source: https://openreview.net/forum?id=HxGdbAmYYr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,8 +127,8 @@ class Adversary:
         return loss + KL_SHARE * kl_div(moved_NC, logits_NC.log_softmax(1), reduction="batchmean", log_target=True)
 
     def _logits(self, states_BTD: torch.Tensor, last_B: torch.Tensor, means_CD: torch.Tensor) -> torch.Tensor:
-        found_NC = cosines(last(states(self.upper, states_BTD), last_B), means_CD)
-        return found_NC * self.pool.scale_cls
+        scaled_NC: torch.Tensor = self.pool.scale_cls * cosines(last(states(self.upper, states_BTD), last_B), means_CD)
+        return scaled_NC
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,4 +156,5 @@ def cosines(features_ND: torch.Tensor, means_CD: torch.Tensor) -> torch.Tensor:
 
 def perturbed(embedded_BTD: torch.Tensor, gradient_BTD: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Each token's embedding moved by ε, up the gradient's signs; pads, which have no gradient, stay."""
-    return embedded_BTD + epsilon / embedded_BTD.shape[-1] ** 0.5 * gradient_BTD.sign()
+    step = epsilon / math.sqrt(embedded_BTD.shape[-1])
+    return embedded_BTD + step * gradient_BTD.sign()
