@@ -98,6 +98,9 @@ class Loop:
             self._trainee.before_step(self.done, schedule.steps)
             self._forget_frozen()
             self._trainee.model.train()
+            if self._trainee.for_users is not None:
+                assert isinstance(self.corpus, Corpus), "episodes have no users"
+                self._trainee.for_users(self.corpus.users_of(numbers))
             with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
                 loss, total = self._losses_of(numbers)
             total.backward()  # type: ignore[no-untyped-call]
@@ -114,8 +117,6 @@ class Loop:
             loss = self._trainee.own_loss(numbers)
             return loss, loss
         assert isinstance(self.corpus, Corpus), "only a trainee with a loss of its own learns from episodes"
-        if self._trainee.for_users is not None:
-            self._trainee.for_users(self.corpus.users(numbers))
         logits_NV, labels_N = answer_logits(self._trainee.model, self.corpus.prefix, self.corpus.batch(numbers))
         loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
         further = self._trainee.further_loss
@@ -164,7 +165,7 @@ def held_out_losses(
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
         if trainee.for_users is not None:
-            trainee.for_users(corpus.users(numbers))
+            trainee.for_users(corpus.users_of(numbers))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses = answer_losses(trainee.model, corpus.prefix, corpus.batch(numbers))
         parts = torch.split(losses, [counts[number] for number in numbers])

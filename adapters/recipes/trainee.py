@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from motet.adapters.recipes.episodes import Episodes
-from motet.adapters.recipes.readers import History
+from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.table import Recipe
 
 
@@ -29,6 +29,7 @@ class Setup:
         samples: [1, T] token ids to calibrate with, made when asked for.
         classes: of each task the token ids of its label words, made when asked for; none where a task has no such.
         encoder: the weights of the network that reads the histories of the task's users, made when asked for.
+        markers: token ids of MARKERS, made when asked for.
         episodes: the rows of the task as texts with a label; None where they are questions to answer.
     """
 
@@ -41,6 +42,7 @@ class Setup:
     samples: Callable[[], Sequence[torch.Tensor]]
     classes: Callable[[], Sequence[Sequence[int]]] = tuple
     encoder: Callable[[], Mapping[str, torch.Tensor]] = dict
+    markers: Callable[[], Sequence[int]] = tuple
     episodes: Episodes | None = None
 
 
@@ -59,8 +61,8 @@ class Trainee:
             entropy.
         kept: further tensors that the next step depends on, changed in place.
         rates: by the name of a trained tensor its share of the learning rate; 1 where it is absent.
-        for_users: called before every forward, in training or not, with the history of each row's user; None where
-            the model does not depend on users.
+        for_users: called before every forward, in training or not, with each row's user; None where the model does
+            not depend on users. Where it does, it reads marked questions.
         own_loss: of the rows of a step, by their numbers, in place of the cross entropy of answers; gradients reach the
             trained tensors.
         turns: steps in a row that see the same rows.
@@ -74,7 +76,7 @@ class Trainee:
     further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
-    for_users: Callable[[Sequence[History]], None] | None = None
+    for_users: Callable[[Sequence[User]], None] | None = None
     own_loss: Callable[[Sequence[int]], torch.Tensor] | None = None
     turns: int = 1
 

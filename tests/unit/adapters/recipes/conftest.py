@@ -101,7 +101,7 @@ def order() -> Callable[..., Order]:
     def make(method: str = "lora", **changes: Any) -> Order:
         adapted = bool(RECIPES[method].targets)
         defaults: dict[str, Any] = {
-            "task": {"ilora": "lastfm", "amt": "subjects"}.get(method, "wikisql"),
+            "task": {"ilora": "lastfm", "llara": "lastfm", "amt": "subjects"}.get(method, "wikisql"),
             "rank": (4 if method == "ilora" else 3) if adapted else 0,
             "alpha": 6 if adapted else 0,
             "targets": ("q_proj", "v_proj") if adapted else (),
