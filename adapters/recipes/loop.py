@@ -6,13 +6,14 @@ Must not know: methods, tasks, files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from motet.adapters.recipes.corpus import Corpus
+from motet.adapters.recipes.episodes import Episodes
 from motet.adapters.recipes.forward import answer_losses, answer_states
 from motet.adapters.recipes.trainee import Trainee
 
@@ -60,10 +61,11 @@ class State:
 class Loop:
     """One training run. Iterating does the steps that are left, and yields the loss of each once it is done."""
 
-    def __init__(self, trainee: Trainee, corpus: Corpus, schedule: Schedule, autocast: bool = True) -> None:
+    def __init__(self, trainee: Trainee, corpus: Corpus | Episodes, schedule: Schedule, autocast: bool = True) -> None:
         """Nothing is computed yet.
 
         Args:
+            corpus: of episodes where the trainee has a loss of its own.
             autocast: products in bfloat16, 1.7 times as fast on a processor that has them. Weights, of PiSSA's and
                 CorDA's remainder too, trained tensors and the optimiser's state stay float32: only the rounding of
                 each product differs.
@@ -83,21 +85,23 @@ class Loop:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Of each step done: the mean loss of an answer token, or the method's own objective."""
+        """Of each step done: the mean loss of an answer token, or the trainee's own."""
         return tuple(self._losses)
 
     def __iter__(self) -> Iterator[float]:
         schedule = self._schedule
-        draws = self.corpus.draws(schedule.steps, schedule.batch, schedule.seed)
-        for numbers in islice(draws, self.done, None):
+        draws = self.corpus.draws(-(-schedule.steps // self._trainee.turns), schedule.batch, schedule.seed)
+        repeated = (numbers for numbers in draws for _ in range(self._trainee.turns))
+        for numbers in islice(repeated, self.done, schedule.steps):
             for group in self._optimizer.param_groups:
                 group["lr"] = group["share"] * schedule.rate(self.done)
             self._trainee.before_step(self.done, schedule.steps)
             self._forget_frozen()
             self._trainee.model.train()
             if self._trainee.for_users is not None:
+                assert isinstance(self.corpus, Corpus), "episodes have no users"
                 self._trainee.for_users(self.corpus.users_of(numbers))
-            loss, total = self._loss(numbers)
+            loss, total = self._losses_of(numbers)
             total.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trainee.trainable.values(), LARGEST_NORM)
             self._trainee.correct_gradients()
@@ -106,17 +110,21 @@ class Loop:
             self._losses.append(loss.item())
             yield self._losses[-1]
 
-    def _loss(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a step reports, and what it descends."""
-        model, batch = self._trainee.model, self.corpus.batch(numbers)
+    def _losses_of(self, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is reported of a step's rows, and what is minimised."""
+        trainee = self._trainee
         with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-            states_ND, labels_N = answer_states(model, self.corpus.prefix, batch)
-            if self._trainee.objective is None:
-                logits_NV = model.lm_head(states_ND).float()
+            if trainee.own_loss is not None:
+                loss = trainee.own_loss(numbers)
+                return loss, loss
+            assert isinstance(self.corpus, Corpus), "only a trainee with a loss of its own learns from episodes"
+            states_ND, labels_N = answer_states(trainee.model, self.corpus.prefix, self.corpus.batch(numbers))
+            if trainee.objective is None:
+                logits_NV = trainee.model.lm_head(states_ND).float()
                 loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
-                further = self._trainee.further_loss
+                further = trainee.further_loss
                 return loss, loss if further is None else loss + further(logits_NV, labels_N)
-        loss = self._trainee.objective(states_ND.float(), labels_N)
+        loss = trainee.objective(states_ND.float(), labels_N)
         return loss, loss
 
     def _forget_frozen(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from motet.adapters.heads import Parameterization
-from motet.adapters.recipes import corda, emtal, eva, headed, ilora, lisa, plain, polar, s2ft
+from motet.adapters.recipes import amt, corda, emtal, eva, headed, ilora, lisa, plain, polar, s2ft
 from motet.adapters.recipes.trainee import Setup, Trainee
 
 STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
@@ -31,6 +31,7 @@ STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
     "polar-vbll-diagonal": partial(headed.start, body=polar.start, parameterization=Parameterization.DIAGONAL),
     "polar-vbll-lowrank": partial(headed.start, body=polar.start, parameterization=Parameterization.LOW_RANK),
     "polar-laplace": partial(headed.start, body=polar.start, parameterization=Parameterization.DENSE, laplace=True),
+    "amt": amt.start,
     "lisa": lisa.lisa,
     "full": lisa.full,
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from motet.adapters.recipes.episodes import Episodes
 from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.table import Recipe
 
@@ -31,6 +32,7 @@ class Setup:
         markers: token ids of MARKERS, made when asked for.
         labels: the answers of the task where it is one task and has a list of them.
         n_rows: that there are to learn from.
+        episodes: the rows of the task as texts with a label; None where they are questions to answer.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class Setup:
     markers: Callable[[], Sequence[int]] = tuple
     labels: tuple[str, ...] = ()
     n_rows: int = 0
+    episodes: Episodes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,9 @@ class Trainee:
         rates: by the name of a trained tensor its share of the learning rate; 1 where it is absent.
         for_users: called before every forward, in training or not, with each row's user; None where the model does
             not depend on users. Where it does, it reads marked questions.
+        own_loss: of the rows of a step, by their numbers, in place of the cross entropy of answers; gradients reach the
+            trained tensors.
+        turns: steps in a row that see the same rows.
     """
 
     model: Any
@@ -83,6 +89,8 @@ class Trainee:
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     for_users: Callable[[Sequence[User]], None] | None = None
+    own_loss: Callable[[Sequence[int]], torch.Tensor] | None = None
+    turns: int = 1
 
     def round_as_saved(self, dtype: torch.dtype) -> None:
         """Make the trained tensors what a file of this dtype gives back."""

@@ -114,6 +114,10 @@ def train(
     from motet.adapters.recipes import run, scorecard
 
     recipe = RECIPES[method]
+    if n_rows and recipe.episodes:
+        raise click.BadParameter(
+            f"{method} makes no answers: its members tell texts apart by examples; drop it", param_hint="--score"
+        )
     order = run.Order(
         method=method,
         task=task,

@@ -37,7 +37,9 @@ OWN_CONFIG = ("s2ft", "emtal")
 """Not a LoraConfig: test_s2ft.py, test_emtal.py."""
 OF_USERS = ("llara", "ilora")
 """Their models run for users only: test_ilora.py."""
-METHODS = [method for method in RECIPES if method not in (*OF_USERS, *HEADED)]
+OF_EPISODES = "amt"
+"""It learns from labelled texts, and saves a pool: test_amt.py."""
+METHODS = [method for method in RECIPES if method not in (*OF_USERS, *HEADED, OF_EPISODES)]
 ADAPTERS = [method for method in METHODS if RECIPES[method].targets]
 """The others save a whole model: test_lisa.py."""
 
@@ -99,7 +101,7 @@ def test_every_recipe_has_a_start() -> None:
 def test_differences_of_pairs_are_saved_in_full() -> None:
     """In bfloat16, B A - B0 A0 would be mostly rounding."""
     full = {method for method, recipe in RECIPES.items() if recipe.saved_dtype == "float32"}
-    assert full == {"pissa", "olora", "corda-ipm", "corda-kpm", *HEADED}, "a head is learnt on the states as they are"
+    assert full == {"pissa", "olora", "corda-ipm", "corda-kpm", "amt", *HEADED}, "heads learn on the states as they are"
 
 
 @pytest.mark.parametrize("method", METHODS)
