@@ -39,10 +39,7 @@ class VisionRunner:
         loaded.position_step.overlays = self._effects.position_overlays(spans)
         if loaded.position_step.overlays is not None:
             loaded.overlaid.install()
-        try:
-            feature_ND, logits_NC = loaded.forward(pixels_NCHW)
-        finally:
-            loaded.step.effects = loaded.position_step.overlays = None
+        feature_ND, logits_NC = loaded.forward(pixels_NCHW)
         feature_ND = feature_ND.to("cpu", torch.float32)
         logits: Sequence[torch.Tensor | None] = [None] * len(spans)
         if logits_NC is not None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import struct
+import warnings
 import zlib
 from typing import Any
 
@@ -60,10 +61,11 @@ KINDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # transformers' reader says so, ours need not
 def test_decoded_as_transformers_does(kind: str) -> None:
     url = KINDS[kind]()
-    expected = np.array(load_image(url))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Palette images with Transparency")  # ours must not
+        expected = np.array(load_image(url))
     assert expected.shape[2] == 3
     assert np.array_equal(pixels(url).numpy(), expected)
 
@@ -106,7 +108,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "a format in capitals": (PNG.replace("png", "PNG"), "the formats are"),
     "no base64": ("data:image/png,abc", "with base64 and no parameters"),
     "a parameter": (PNG.replace(";base64", ";x=1;base64"), "with base64 and no parameters"),
-    "bad base64": ("data:image/png;base64,ab*d", "no base64 after the comma"),
+    "bad base64": (f"{PNG[:60]}*{PNG[60:]}", "no base64 after the comma"),
     "unpadded": ("data:image/png;base64,abc", "no base64 after the comma"),
     "not ASCII": ("data:image/png;base64,äbcd", "no base64 after the comma"),
     "nothing": ("data:image/png;base64,", "cannot be decoded as image/png"),
