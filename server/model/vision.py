@@ -198,6 +198,11 @@ def _preprocessed(processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def _labels(config: Any, name: str) -> tuple[str, ...]:
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        raise UnsupportedModelError(
+            f"{name!r} has num_labels={config.num_labels} and problem_type={config.problem_type!r}; a classifier is "
+            "served where exactly one of at least two labels is right"
+        )
     labels = tuple(str(config.id2label[number]) for number in range(config.num_labels))
     if len(set(labels)) < len(labels):
         raise UnsupportedModelError(f"two classes of {name!r} have one name; correct id2label in its config.json")

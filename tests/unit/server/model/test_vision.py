@@ -124,6 +124,17 @@ def test_two_labels_alike(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("change", [{"problem_type": "multi_label_classification"}, {"id2label": {"0": "age"}}])
+def test_a_head_that_does_not_choose_one_label(folder: Path, change: dict[str, Any]) -> None:
+    changed(folder, "config.json", **change)
+    tensors = load_file(folder / "model.safetensors")
+    classes = len(change.get("id2label", range(7)))
+    tensors |= {name: tensors[name][:classes] for name in ("classifier.weight", "classifier.bias")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="exactly one of at least two labels"):
+        load(folder)
+
+
 def test_images_of_several_sizes() -> None:
     uneven = BitImageProcessorPil(size={"shortest_edge": 24}, do_center_crop=False)
     with pytest.raises(UnsupportedModelError, match=r"images of several sizes, \(3, 24, 32\) and \(3, 40, 24\)"):
