@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from motet.adapters.recipes.errors import DataError
-from motet.adapters.recipes.readers import Example, History
+from motet.adapters.recipes.readers import Example, User
 
 IGNORED = -100
 """Label of a position that is not part of an answer; cross_entropy's own."""
@@ -34,12 +34,12 @@ class Corpus:
     """Rows of (question, answer) token ids without the prefix that begins all of them: the system message.
 
     Attributes:
-        histories: of each row's user; none where nothing depends on users.
+        users: of the rows; none where nothing depends on users.
     """
 
     prefix: list[int]
     rows: list[tuple[list[int], list[int]]]
-    histories: Sequence[History] = ()
+    users: Sequence[User] = ()
 
     @classmethod
     def of(cls, tokenizer: Any, examples: Sequence[Example]) -> Corpus:
@@ -51,14 +51,14 @@ class Corpus:
         prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
         return cls(prefix, [(asked[len(prefix) :], told) for asked, told in rows])
 
-    def personal(self, histories: Sequence[History]) -> Corpus:
+    def personal(self, users: Sequence[User]) -> Corpus:
         """The same rows, each with its user and the whole prefix, of which the model makes something else for each."""
-        assert len(histories) == len(self.rows), (len(histories), len(self.rows))
-        return Corpus([], [(self.prefix + asked, told) for asked, told in self.rows], histories)
+        assert len(users) == len(self.rows), (len(users), len(self.rows))
+        return Corpus([], [(self.prefix + asked, told) for asked, told in self.rows], users)
 
     def digest(self) -> str:
-        """SHA-256 of all token ids, where each row ends, and the histories."""
-        return hashlib.sha256(repr((self.prefix, self.rows, self.histories)).encode()).hexdigest()
+        """SHA-256 of all token ids, where each row ends, and the users."""
+        return hashlib.sha256(repr((self.prefix, self.rows, self.users)).encode()).hexdigest()
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of these numbers."""
@@ -67,9 +67,9 @@ class Corpus:
         labels = [torch.tensor([IGNORED] * len(asked) + told) for asked, told in chosen]
         return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORED)
 
-    def users(self, numbers: Sequence[int]) -> list[History]:
-        """The histories of the rows of these numbers."""
-        return [self.histories[number] for number in numbers]
+    def users_of(self, numbers: Sequence[int]) -> list[User]:
+        """The users of the rows of these numbers."""
+        return [self.users[number] for number in numbers]
 
     def draws(self, steps: int, size: int, seed: int) -> Iterator[list[int]]:
         """The numbers of the rows of `steps` batches of `size`, every row once before any row twice.

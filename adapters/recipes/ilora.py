@@ -3,9 +3,10 @@
     y = W x + s B (g ⊙ A x),   s = alpha / (r / K),   g = ω repeated over each part,   ω = router(SASRec(history))
 
 SASRec is frozen. The router starts at random and learns at 0.3 of the rate, as its authors have it; b is zero, so the
-start is the base. The projector of item embeddings is left out: questions name the items.
+start is the base. Items stand in the question beside their names, by a projector that learns too. With K = 1, ω is 1:
+LLaRA, LoRA beside the same projector, in the same folder.
 
-Must not know: the other starts, data, loops. Source: https://arxiv.org/abs/2408.10135.
+Must not know: the other starts, data, loops. Source: https://arxiv.org/abs/2408.10135, https://arxiv.org/abs/2312.02445.
 
 Shapes: I/O in and out width of a linear, R rank, K experts, N rows, T positions.
 """
@@ -26,7 +27,8 @@ from motet.adapters.gates.sasrec import Sasrec
 from motet.adapters.methods.tensors import PREFIX
 from motet.adapters.recipes.errors import TargetError
 from motet.adapters.recipes.folder import write
-from motet.adapters.recipes.readers import History
+from motet.adapters.recipes.items import ItemEmbedding
+from motet.adapters.recipes.readers import MARKERS, User
 from motet.adapters.recipes.router_network import RouterNetwork
 from motet.adapters.recipes.trainee import Setup, Trainee
 from motet.adapters.source import GATE_FILE
@@ -34,28 +36,26 @@ from motet.adapters.source import GATE_FILE
 EXPERTS = 4
 ROUTER_RATE = 0.3
 """The authors' K, and the router's share of the learning rate."""
-PLACEHOLDERS = {"history": "[HistoryEmb]", "candidates": "[CansEmb]"}
-"""The authors' names; without a projector they are never used."""
 
 
 class UserGate(nn.Module):
     """The gate of the rows at hand; all linears read it."""
 
-    def __init__(self, sasrec: Sasrec, rank: int) -> None:
+    def __init__(self, sasrec: Sasrec, experts: int, share: int) -> None:
         """The router draws its start.
 
         Args:
-            rank: which K divides.
+            share: r / K, each expert's part of the rank.
         """
         super().__init__()
-        self.router = RouterNetwork(EXPERTS)
-        self._sasrec, self._share = sasrec, rank // EXPERTS
+        self.router = RouterNetwork(experts)
+        self._sasrec, self._share = sasrec, share
         self.factors_NK: torch.Tensor | None = None
 
-    def see(self, histories: Sequence[History]) -> None:
+    def see(self, users: Sequence[User]) -> None:
         """Set the users of the rows that follow, in their order; gradients reach the router."""
         with torch.no_grad():
-            state_ND = self._sasrec.states(histories)
+            state_ND = self._sasrec.states([user.history for user in users])
         self.factors_NK = self.router(state_ND)
 
     def rows(self) -> torch.Tensor:
@@ -82,23 +82,26 @@ class GatedLinear(nn.Module):
         return y_NTO + linear(inner_NTR, self.b_OR)
 
 
-def start(setup: Setup) -> Trainee:
-    """Put a gated pair beside every target.
+def start(setup: Setup, experts: int = EXPERTS) -> Trainee:
+    """Put a gated pair beside every target, and a projector beside the embedding.
 
     Raises:
         TargetError: the experts do not divide the rank.
         DataError: the task has no histories.
         FormatError: what reads histories is no SASRec.
     """
-    if setup.rank % EXPERTS:
+    if setup.rank % experts:
         raise TargetError(
-            f"--rank {setup.rank} does not split into {EXPERTS} experts of one size; choose a multiple of {EXPERTS}"
+            f"--rank {setup.rank} does not split into {experts} experts of one size; choose a multiple of {experts}"
         )
     sasrec = setup.encoder()
     items, length = (len(sasrec[f"{name}_embeddings.weight"]) for name in ("item", "positional"))
     setup.model.requires_grad_(False)
-    gate = UserGate(Sasrec(sasrec, items - 1, length), setup.rank)
-    scale = setup.alpha * EXPERTS / setup.rank
+    frozen = Sasrec(sasrec, items - 1, length)
+    gate = UserGate(frozen, experts, setup.rank // experts)
+    embedding = ItemEmbedding(setup.model.get_input_embeddings(), frozen, items - 1, setup.markers())
+    setup.model.set_input_embeddings(embedding)
+    scale = setup.alpha * experts / setup.rank
     trainable: dict[str, nn.Parameter] = {}
     for path, module in list(setup.model.named_modules()):
         parent, _, leaf = path.rpartition(".")
@@ -109,12 +112,13 @@ def start(setup: Setup) -> Trainee:
             trainable[f"{PREFIX}{path}.lora_B.weight"] = pair.b_OR
     setup.model.add_module("user_gate", gate)  # so that batch norm is told when the model trains
     routing = {f"router.{name}": parameter for name, parameter in gate.router.named_parameters()}
+    projection = {f"projector.mlp_proj.{name}": parameter for name, parameter in embedding.mlp_proj.named_parameters()}
     statistics = {f"router.{name}": buffer for name, buffer in gate.router.named_buffers() if is_statistic(name)}
 
     def save_folder(folder: Path) -> None:
         dtype = getattr(torch, setup.recipe.saved_dtype)
         networks = {f"sasrec.{name}": tensor for name, tensor in sasrec.items()} | statistics
-        networks |= {name: parameter.to(dtype) for name, parameter in routing.items()}
+        networks |= {name: parameter.to(dtype) for name, parameter in {**routing, **projection}.items()}
         owned = {name: tensor.detach().clone().contiguous() for name, tensor in networks.items()}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / GATE_FILE).write_bytes(save(owned))
@@ -125,18 +129,22 @@ def start(setup: Setup) -> Trainee:
             "inference_mode": True,
             "r": setup.rank,
             "lora_alpha": setup.alpha,
-            "num_moe": EXPERTS,
+            "num_moe": experts,
             "history_length": length,
             "items": items - 1,
-            "placeholders": PLACEHOLDERS,
+            "placeholders": MARKERS,
         }
         write(folder, trainable, config, dtype)
 
+    def see(users: Sequence[User]) -> None:
+        gate.see(users)
+        embedding.see(users)
+
     return Trainee(
         setup.model,
-        {**trainable, **routing},
+        {**trainable, **routing, **projection},
         save_folder,
         kept=statistics,
         rates=dict.fromkeys(routing, ROUTER_RATE),
-        for_users=gate.see,
+        for_users=see,
     )

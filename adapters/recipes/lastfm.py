@@ -6,17 +6,18 @@ Must not know: models, tokens, methods.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from motet.adapters.recipes.errors import DataError
-from motet.adapters.recipes.readers import Example, Facts
+from motet.adapters.recipes.readers import MARKERS, Example, Facts, User
 
 DATA = "rec/lastfm/"
 NAMES = f"{DATA}id2name.txt"
 ENCODER = f"{DATA}sasrec_lastfm.safetensors"
 TITLES = 5
-"""Of the history in a question; the gate reads all of it."""
+"""The last of the history, which the question names and the gate reads."""
 CANDIDATES = 5
 SHORTEST = 3
 """Items of a history; LLaRA leaves shorter ones out too, and the other splits have none."""
@@ -28,13 +29,12 @@ HINT = (
     "A user listened to some artists, in this order. Which of the candidates comes next? Reply with the name of one "
     "candidate only, like Fleetwood Mac\n\n"
 )
-DEMO = "Listened to: Enigma; Café Del Mar; Fleetwood Mac\nCandidates: Air; Metallica; China Crisis; Eminem; Moby"
-DEMO_HISTORY = (1, 2, 3)
-"""Ids of the artists that the demo names as heard."""
+DEMO_USER = User((1, 2, 3), (9, 32, 4, 30, 11))
+"""Ids of the artists that the demo names."""
 
 
 def prepare(data: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with a history that is long enough, as `history` (ids), `titles`, `candidates` and `answer` (names).
+    """The rows with a history that is long enough, as `user` (ids), `titles`, `candidates` and `answer` (names).
 
     The candidates are the next artist and four others, neither in the history nor of a name twice, in random order; a
     row's own ids are the seed, so that they depend on nothing else.
@@ -52,15 +52,16 @@ def prepare(data: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _prepared(history: list[int], following: int, names: dict[int, str]) -> dict[str, Any]:
     source = random.Random(f"{SEED} {history} {following}")
     items = sorted(names)
-    chosen, taken = [names[following]], {names[item].casefold() for item in (*history, following)}
+    chosen, taken = [following], {names[item].casefold() for item in (*history, following)}
     while len(chosen) < CANDIDATES:
-        name = names[source.choice(items)]
-        if name.casefold() not in taken:
-            chosen.append(name)
-            taken.add(name.casefold())
+        item = source.choice(items)
+        if (name := names[item].casefold()) not in taken:
+            chosen.append(item)
+            taken.add(name)
     source.shuffle(chosen)
-    titles = [names[item] for item in history[-TITLES:]]
-    return {"history": tuple(history), "titles": titles, "candidates": chosen, "answer": names[following]}
+    user = User(tuple(history[-TITLES:]), tuple(chosen))
+    titles, candidates = ([names[item] for item in ids] for ids in user)
+    return {"user": user, "titles": titles, "candidates": candidates, "answer": names[following]}
 
 
 def _names(data: Path) -> dict[int, str]:
@@ -76,9 +77,18 @@ def _names(data: Path) -> dict[int, str]:
 
 
 def read(row: dict[str, Any]) -> Example:
-    """Names heard and candidates; the next artist's name."""
-    heard, offered = "; ".join(row["titles"]), "; ".join(row["candidates"])
-    return f"Listened to: {heard}\nCandidates: {offered}", row["answer"]
+    """Names heard and candidates, each with its marker; the next artist's name."""
+    return question(row["titles"], row["candidates"]), row["answer"]
+
+
+def question(titles: Sequence[str], candidates: Sequence[str]) -> str:
+    """What is asked."""
+    heard = "; ".join(f"{name} {MARKERS['history']}" for name in titles)
+    offered = "; ".join(f"{name} {MARKERS['candidates']}" for name in candidates)
+    return f"Listened to: {heard}\nCandidates: {offered}"
+
+
+DEMO = question(("Enigma", "Café Del Mar", "Fleetwood Mac"), ("Air", "Jamiroquai", "China Crisis", "Roxette", "Moby"))
 
 
 def facts(text: str) -> Facts | None:

@@ -96,7 +96,7 @@ class Loop:
             self._forget_frozen()
             self._trainee.model.train()
             if self._trainee.for_users is not None:
-                self._trainee.for_users(self.corpus.users(numbers))
+                self._trainee.for_users(self.corpus.users_of(numbers))
             with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
                 logits_NV, labels_N = answer_logits(self._trainee.model, self.corpus.prefix, self.corpus.batch(numbers))
                 loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
@@ -153,7 +153,7 @@ def held_out_losses(
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
         if trainee.for_users is not None:
-            trainee.for_users(corpus.users(numbers))
+            trainee.for_users(corpus.users_of(numbers))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses = answer_losses(trainee.model, corpus.prefix, corpus.batch(numbers))
         parts = torch.split(losses, [counts[number] for number in numbers])

@@ -8,12 +8,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 Example = tuple[str, str]
 """Question, answer."""
-History = tuple[int, ...]
-"""Ids of the items that a user had before, oldest first."""
+MARKERS = {"history": "[HistoryEmb]", "candidates": "[CansEmb]"}
+"""After the names of a user's items in a question: in their places a model may read the items themselves."""
+
+
+class User(NamedTuple):
+    """Ids of the items that a question names, in its order: those that its user had, oldest first, and the offered."""
+
+    history: tuple[int, ...]
+    candidates: tuple[int, ...]
+
+
 Facts = frozenset[tuple[str, str]]
 """What a text says, free of its order, case and quotes."""
 
@@ -26,6 +35,13 @@ TIMES = frozenset("START_TIME END_TIME SEMESTER YEAR MONDAY TUESDAY WEDNESDAY TH
 KINDS = ("course", "teacher", "time", "number", "whether")
 """What a student asks for."""
 SQL = re.compile(r"select (.+?) from \S+(?: where (.+))?")
+
+
+def unmarked(text: str) -> str:
+    """The text as it is without items."""
+    for marker in MARKERS.values():
+        text = text.replace(f" {marker}", "")
+    return text
 
 
 def untokenised(text: str) -> str:

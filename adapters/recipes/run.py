@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ import torch
 from torch import nn
 
 from motet.adapters.checkpoint import MODEL_CONFIG
-from motet.adapters.recipes import checkpoint, knowledge, users
+from motet.adapters.recipes import checkpoint, knowledge
 from motet.adapters.recipes.corpus import Corpus, packed
 from motet.adapters.recipes.errors import OutputError, TargetError
+from motet.adapters.recipes.items import marker_ids, with_markers
 from motet.adapters.recipes.loop import Loop, Schedule
 from motet.adapters.recipes.quality import label_tokens
 from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
-from motet.adapters.recipes.tasks import interleaved, named
+from motet.adapters.recipes.tasks import examples, interleaved, named
 from motet.adapters.recipes.trainee import Setup, Trainee
+from motet.adapters.recipes.users import encoder, users
 from motet.adapters.source import CONFIG_FILE
 
 UNFINISHED = ".training"
@@ -107,13 +109,24 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
         choices = [task.choices for task in tasks if task.choices is not None]
         return label_tokens(base.tokenizer, choices) if len(choices) == len(tasks) else ()
 
-    def encoder() -> Mapping[str, torch.Tensor]:
-        return users.encoder(tasks, data)
-
-    setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, samples, classes, encoder)
-    trainee = STARTS[order.method](setup)
+    trainee = STARTS[order.method](
+        Setup(
+            base.model,
+            recipe,
+            order.rank,
+            order.alpha,
+            order.targets,
+            base.name,
+            samples,
+            classes,
+            encoder=lambda: encoder(tasks, data),
+            markers=lambda: marker_ids(base.tokenizer),
+        )
+    )
     if trainee.for_users is not None:
-        corpus = corpus.personal(users.histories(tasks, data, "train"))
+        asking = users(tasks, data, "train")
+        marked = [example for task in tasks for example in examples(task, data, "train", marked=True)]
+        corpus = Corpus.of(with_markers(base.tokenizer), marked).personal(asking)
     return trainee, Loop(trainee, corpus, Schedule(order.steps, order.learning_rate, order.batch, order.seed))
 
 

@@ -13,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from motet.adapters.recipes import users
-from motet.adapters.recipes.readers import Example, History
+from motet.adapters.recipes.items import with_markers
+from motet.adapters.recipes.readers import Example, User, unmarked
 from motet.adapters.recipes.run import Order
 from motet.adapters.recipes.scoring import Track, answers, score
 from motet.adapters.recipes.tasks import JOINED, Task, examples, split_name
+from motet.adapters.recipes.users import users
 
 FILE = "scores.json"
 ROWS_SEED = 0
@@ -29,14 +30,15 @@ class Exam:
     """Questions to answer.
 
     Attributes:
-        n_all: rows that the split has.
-        histories: of each row's user; none where the task has none.
+        rows: with markers.
+        n_all: how many the split has.
+        users: of the rows; none where the task has none.
     """
 
     task: Task
     rows: Sequence[Example]
     n_all: int
-    histories: Sequence[History] = ()
+    users: Sequence[User] = ()
 
     @classmethod
     def of(cls, task: Task, data: Path, n_rows: int) -> Exam:
@@ -45,11 +47,11 @@ class Exam:
         Raises:
             DataError: the data is absent.
         """
-        tests = examples(task, data, "test")
+        tests = examples(task, data, "test", marked=True)
         chosen = random.Random(ROWS_SEED).sample(range(len(tests)), min(n_rows, len(tests)))
-        known = users.histories([task], data, "test") if task.history is not None else []
-        histories = [known[number] for number in chosen] if known else ()
-        return cls(task, [tests[number] for number in chosen], len(tests), histories)
+        known = users([task], data, "test") if task.user is not None else []
+        asking = [known[number] for number in chosen] if known else ()
+        return cls(task, [tests[number] for number in chosen], len(tests), asking)
 
     def taken_by(
         self,
@@ -57,7 +59,7 @@ class Exam:
         tokenizer: Any,
         track: Track[int],
         told: bool,
-        for_users: Callable[[Sequence[History]], None] | None = None,
+        for_users: Callable[[Sequence[User]], None] | None = None,
     ) -> Result:
         """A model's scores.
 
@@ -68,14 +70,19 @@ class Exam:
 
         def before(numbers: Sequence[int]) -> None:
             if for_users is not None:
-                for_users([self.histories[number] for number in numbers])
+                for_users([self.users[number] for number in numbers])
 
         def before_demo(_: Sequence[int]) -> None:
-            if for_users is not None:
-                for_users([self.task.demo_history])
+            if for_users is not None and self.task.demo_user is not None:
+                for_users([self.task.demo_user])
 
-        scores = score(model, tokenizer, self.task, self.rows, self.task.hint if told else "", track, before)
-        return Result(scores, answers(model, tokenizer, self.task, [self.task.demo], before=before_demo)[0][0])
+        rows, demo = self.rows, self.task.demo
+        if for_users is None:
+            rows, demo = [(unmarked(asked), answer) for asked, answer in rows], unmarked(demo)
+        else:
+            tokenizer = with_markers(tokenizer)
+        scores = score(model, tokenizer, self.task, rows, self.task.hint if told else "", track, before)
+        return Result(scores, answers(model, tokenizer, self.task, [demo], before=before_demo)[0][0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Must not know: data, loops, files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from motet.adapters.recipes import corda, emtal, eva, ilora, lisa, plain, polar, s2ft
 from motet.adapters.recipes.trainee import Setup, Trainee
@@ -22,6 +23,7 @@ STARTS: Mapping[str, Callable[[Setup], Trainee]] = {
     "polar": polar.start,
     "s2ft": s2ft.start,
     "emtal": emtal.start,
+    "llara": partial(ilora.start, experts=1),
     "ilora": ilora.start,
     "lisa": lisa.lisa,
     "full": lisa.full,

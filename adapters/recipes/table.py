@@ -88,8 +88,14 @@ RECIPES: Mapping[str, Recipe] = {
         alpha=4,
         targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
+    "llara": Recipe(
+        "LoRA that reads the items of a question beside their names",
+        1e-3,
+        alpha=32,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
     "ilora": Recipe(
-        "LoRA whose parts are weighed by the history of each row's user",
+        "LLaRA whose parts of the rank are weighed by the history of each row's user",
         1e-3,
         alpha=32,
         targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),

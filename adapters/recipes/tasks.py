@@ -14,7 +14,7 @@ from typing import Any
 
 from motet.adapters.recipes import lastfm, readers
 from motet.adapters.recipes.errors import DataError
-from motet.adapters.recipes.readers import Example, Facts, History
+from motet.adapters.recipes.readers import Example, Facts, User, unmarked
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +24,16 @@ class Task:
     Attributes:
         data: path below the data folder, without `.train.jsonl`, `.test.jsonl`; with a slash at its end, of the folder
             that has `train.jsonl`, `test.jsonl`.
-        read: a row of the data; None where it does not fit.
+        read: a row of the data, with markers where items can stand; None where it does not fit.
         facts: what an answer is scored by; None where the text is not of the task's form.
         hint: put before the question for the base model only, which cannot know the form otherwise.
         answer_tokens: the longest answer asked for.
         choices: all answers there are, to rank by the logit of their first token as well; the rows are balanced
             between them.
         prepare: what else of the data folder the rows need, put into those that are kept.
-        history: of the user of a row; None where the task has none.
+        user: of a row; None where the task has none.
         encoder: path below the data folder of the SASRec that reads the histories.
-        demo_history: of the user who asks the demo question.
+        demo_user: who asks the demo question.
     """
 
     data: str
@@ -44,9 +44,9 @@ class Task:
     demo: str
     choices: tuple[str, ...] | None = None
     prepare: Callable[[Path, list[dict[str, Any]]], list[dict[str, Any]]] = lambda _, rows: rows
-    history: Callable[[dict[str, Any]], History] | None = None
+    user: Callable[[dict[str, Any]], User] | None = None
     encoder: str | None = None
-    demo_history: History = ()
+    demo_user: User | None = None
 
 
 TASKS: Mapping[str, Task] = {
@@ -106,9 +106,9 @@ TASKS: Mapping[str, Task] = {
         answer_tokens=24,
         demo=lastfm.DEMO,
         prepare=lastfm.prepare,
-        history=lambda row: row["history"],
+        user=lambda row: row["user"],
         encoder=lastfm.ENCODER,
-        demo_history=lastfm.DEMO_HISTORY,
+        demo_user=lastfm.DEMO_USER,
     ),
 }
 JOINED = "+"
@@ -139,13 +139,18 @@ def interleaved(tasks: Sequence[Task], data: Path, split: str) -> list[Example]:
     return [example for turn in zip(*(examples(task, data, split) for task in tasks), strict=False) for example in turn]
 
 
-def examples(task: Task, data: Path, split: str) -> list[Example]:
+def examples(task: Task, data: Path, split: str, marked: bool = False) -> list[Example]:
     """Every row of a split that fits the task, in the order of the file.
+
+    Args:
+        marked: leave the markers in the questions.
 
     Raises:
         DataError: the file is absent.
     """
     found = [example for row in prepared(task, data, split) if (example := task.read(row)) is not None]
+    if not marked:
+        found = [(unmarked(asked), told) for asked, told in found]
     if task.choices is None:
         return found
     sides = ([example for example in found if example[1] == choice] for choice in task.choices)

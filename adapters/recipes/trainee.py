@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from motet.adapters.recipes.readers import History
+from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.table import Recipe
 
 
@@ -28,6 +28,7 @@ class Setup:
         samples: [1, T] token ids to calibrate with, made when asked for.
         classes: of each task the token ids of its label words, made when asked for; none where a task has no such.
         encoder: the weights of the network that reads the histories of the task's users, made when asked for.
+        markers: token ids of MARKERS, made when asked for.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class Setup:
     samples: Callable[[], Sequence[torch.Tensor]]
     classes: Callable[[], Sequence[Sequence[int]]] = tuple
     encoder: Callable[[], Mapping[str, torch.Tensor]] = dict
+    markers: Callable[[], Sequence[int]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ class Trainee:
             entropy.
         kept: further tensors that the next step depends on, changed in place.
         rates: by the name of a trained tensor its share of the learning rate; 1 where it is absent.
-        for_users: called before every forward, in training or not, with the history of each row's user; None where
-            the model does not depend on users.
+        for_users: called before every forward, in training or not, with each row's user; None where the model does
+            not depend on users. Where it does, it reads marked questions.
     """
 
     model: Any
@@ -68,7 +70,7 @@ class Trainee:
     further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
-    for_users: Callable[[Sequence[History]], None] | None = None
+    for_users: Callable[[Sequence[User]], None] | None = None
 
     def round_as_saved(self, dtype: torch.dtype) -> None:
         """Make the trained tensors what a file of this dtype gives back."""

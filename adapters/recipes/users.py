@@ -1,4 +1,4 @@
-"""What a task says of its users: the history beside each row, and the network that was trained to read histories.
+"""What a task says of its users: who asks each row's question, and the network that was trained to read histories.
 
 Must not know: methods, tokens, what is made of either.
 """
@@ -13,29 +13,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from motet.adapters.recipes.errors import DataError
-from motet.adapters.recipes.readers import History
+from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.tasks import TASKS, Task, prepared
 
 RANKING = "s_fc."
 """SASRec's layer that ranks items, which no state needs."""
 
 
-def histories(tasks: Sequence[Task], data: Path, split: str) -> list[History]:
-    """The history of each row's user, in the order of `examples`.
+def users(tasks: Sequence[Task], data: Path, split: str) -> list[User]:
+    """The user of each row, in the order of `examples`.
 
     Raises:
-        DataError: the tasks are several, or have no histories; a file is absent.
+        DataError: the tasks are several, or have no users; a file is absent.
     """
     task = _personal(tasks)
-    assert task.history is not None
-    return [task.history(row) for row in prepared(task, data, split)]
+    assert task.user is not None
+    return [task.user(row) for row in prepared(task, data, split)]
 
 
 def encoder(tasks: Sequence[Task], data: Path) -> Mapping[str, torch.Tensor]:
     """SASRec's weights, by the names that its gate reads.
 
     Raises:
-        DataError: the tasks are several, or have no histories; the file is absent or damaged.
+        DataError: the tasks are several, or have no users; the file is absent or damaged.
     """
     task = _personal(tasks)
     assert task.encoder is not None
@@ -50,7 +50,7 @@ def encoder(tasks: Sequence[Task], data: Path) -> Mapping[str, torch.Tensor]:
 
 
 def _personal(tasks: Sequence[Task]) -> Task:
-    if len(tasks) != 1 or tasks[0].history is None:
-        fit = ", ".join(name for name, task in TASKS.items() if task.history is not None)
+    if len(tasks) != 1 or tasks[0].user is None:
+        fit = ", ".join(name for name, task in TASKS.items() if task.user is not None)
         raise DataError(f"the method reads the history of each row's user; --task must be one that has it: {fit}")
     return tasks[0]

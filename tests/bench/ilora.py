@@ -1,7 +1,8 @@
 """iLoRA's claim: a gate per user recommends better than one LoRA of equal rank. LastFM, five frozen candidates a row.
 
-Every run trains alike and names the next artist for the same 122 users; one JSON line a run. Run it from the repository
-root, alone on a core if it can be had; a run that the results hold already is left out:
+Every run trains alike and names the next artist for the same 122 users; one JSON line a run. LLaRA is iLoRA without its
+gate, LoRA without its projector too; SASRec alone ranks without any text. Run it from the repository root; a run that
+the results hold already is left out:
 
     python -m tests.bench.ilora --data DATA_DIR --results docs/results/ilora-cpu.jsonl
 
@@ -16,22 +17,25 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from motet.adapters.gates.sasrec import Sasrec
 from motet.adapters.recipes import lastfm
 from motet.adapters.recipes.corpus import Corpus
+from motet.adapters.recipes.forward import answer_losses
 from motet.adapters.recipes.ilora import UserGate
-from motet.adapters.recipes.loop import held_out_losses
-from motet.adapters.recipes.readers import History
+from motet.adapters.recipes.items import with_markers
+from motet.adapters.recipes.readers import User, unmarked
 from motet.adapters.recipes.run import Base, Order, begin
 from motet.adapters.recipes.scoring import answers
 from motet.adapters.recipes.table import RECIPES
@@ -42,9 +46,11 @@ from tests.bench.machine import Machine
 
 TASK = "lastfm"
 SPLIT = "test"
-STEPS, RATE, BATCH, RANK, ALPHA, THREADS = 150, 1e-3, 8, 8, 32, 1
+STEPS, RATE, BATCH, RANK, ALPHA, THREADS = 100, 1e-3, 8, 8, 32, 1
 """LoRA's scale alpha/r is what iLoRA's becomes where all experts count alike."""
-SCORED_AT_ONCE = 20
+BASE, SASREC = "base", "sasrec"
+SEEN_ROWS = 1500
+"""Training rows on which SASRec is looked at too: it was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +58,46 @@ class Run:
     """What is trained.
 
     Args:
-        method: of RECIPES; None: the base model as it is, told the form of the answer.
+        method: of RECIPES; BASE: the base model as it is, told the form of the answer; SASREC: SASRec without text.
     """
 
-    method: str | None
+    method: str
     seed: int = 0
 
     @property
     def label(self) -> str:
         """A name for people."""
-        return f"{self.method or 'base'}, seed {self.seed}"
+        return f"{self.method}, seed {self.seed}"
 
-    def order(self, method: str) -> Order:
+    @property
+    def order(self) -> Order:
         """The training, alike whatever the method."""
         targets = RECIPES["ilora"].targets
-        return Order(method, TASK, RANK, ALPHA, targets, STEPS, RATE, BATCH, self.seed, THREADS)
+        return Order(self.method, TASK, RANK, ALPHA, targets, STEPS, RATE, BATCH, self.seed, THREADS)
 
 
-PLAN: Sequence[Run] = (Run(None), Run("lora"), Run("ilora"))
+PLAN: Sequence[Run] = (
+    Run(SASREC),
+    Run(BASE),
+    *(Run(method, seed) for seed in (0, 1) for method in ("ilora", "lora", "llara")),
+)
 
 
 def arguments(run: Run) -> dict[str, Any]:
     """Everything that shapes a run."""
-    order = asdict(run.order(run.method)) if run.method else {"method": "base", "task": TASK, "seed": run.seed}
+    order = asdict(run.order) if run.method in RECIPES else {"method": run.method, "task": TASK, "seed": run.seed}
     rows = {"titles": lastfm.TITLES, "candidates": lastfm.CANDIDATES, "train_rows": lastfm.MOST_ROWS}
     return json.loads(json.dumps({**order, **rows, "split": SPLIT, "base": BASE_NAME}))  # type: ignore[no-any-return]
+
+
+def rate(hits: Sequence[bool]) -> dict[str, Any]:
+    """The share of hits, its standard error, and which they are."""
+    ratio = fmean(hits)
+    return {
+        "hit_ratio": ratio,
+        "hit_ratio_standard_error": math.sqrt(ratio * (1 - ratio) / len(hits)),
+        "hits": "".join(str(int(hit)) for hit in hits),
+    }
 
 
 def named(texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -89,46 +110,45 @@ def named(texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any
         name in {candidate.casefold() for candidate in row["candidates"]} for name, row in zip(said, rows, strict=True)
     ]
     hits = [name == row["answer"].casefold() for name, row in zip(said, rows, strict=True)]
-    ratio = fmean(hits)
-    return {
-        "n": len(rows),
-        "hit_ratio": ratio,
-        "hit_ratio_standard_error": math.sqrt(ratio * (1 - ratio) / len(rows)),
-        "valid_ratio": fmean(valid),
-        "hits": "".join(str(int(hit)) for hit in hits),
-    }
+    return {"n": len(rows), **rate(hits), "valid_ratio": fmean(valid)}
 
 
-def ranked(trainee: Trainee, tokenizer: Any, rows: Sequence[dict[str, Any]], hint: str) -> dict[str, Any]:
+@torch.inference_mode()
+def ranked(
+    model: Any, tokenizer: Any, questions: Sequence[str], rows: Sequence[dict[str, Any]], tell: Callable[[int], None]
+) -> dict[str, Any]:
     """Candidates by the likelihood of their names, which no wording of the answer can spoil.
+
+    Args:
+        tell: called with a row's number before its forward.
 
     Returns:
         hit_ratio of the likeliest; loss of the right name among the five, by the softmax of their likelihoods; nll, of
         the right name's tokens.
     """
-    examples = [(hint + lastfm.read(row)[0], candidate) for row in rows for candidate in row["candidates"]]
-    corpus = Corpus.of(tokenizer, examples)
-    if trainee.for_users is not None:
-        corpus = corpus.personal([row["history"] for row in rows for _ in row["candidates"]])
-    sums, counts = held_out_losses(trainee, corpus, SCORED_AT_ONCE)
-    losses_NC = torch.tensor(sums).reshape(len(rows), -1)
-    right_N = torch.tensor([row["candidates"].index(row["answer"]) for row in rows])
-    chosen = torch.arange(len(rows)), right_N
-    own_N = (-losses_NC).log_softmax(1)[chosen]
-    hits = (losses_NC.argmin(1) == right_N).tolist()
-    tokens = torch.tensor(counts).reshape(len(rows), -1)[chosen].sum()
+    model.eval()
+    hits, losses, right_sum, right_tokens = [], [], 0.0, 0
+    for number, (question, row) in enumerate(zip(questions, rows, strict=True)):
+        corpus = Corpus.of(tokenizer, [(question, candidate) for candidate in row["candidates"]])  # one prefix
+        tell(number)
+        tokens = [len(told) for _, told in corpus.rows]
+        all_losses = answer_losses(model, corpus.prefix, corpus.batch(range(len(tokens))))
+        sum_C = torch.stack([part.sum() for part in torch.split(all_losses, tokens)])
+        right = row["candidates"].index(row["answer"])
+        hits.append(int(sum_C.argmin()) == right)
+        losses.append(-float((-sum_C).log_softmax(0)[right]))
+        right_sum, right_tokens = right_sum + float(sum_C[right]), right_tokens + tokens[right]
     return {
-        "hit_ratio": fmean(hits),
-        "loss": float(-own_N.mean()),
-        "loss_standard_error": float(own_N.std() / math.sqrt(len(rows))),
-        "nll": float(losses_NC[chosen].sum() / tokens),
-        "hits": "".join(str(int(hit)) for hit in hits),
-        "row_losses": [round(-loss, 4) for loss in own_N.tolist()],
+        **rate(hits),
+        "loss": fmean(losses),
+        "loss_standard_error": stdev(losses) / math.sqrt(len(losses)),
+        "nll": right_sum / right_tokens,
+        "row_losses": [round(loss, 4) for loss in losses],
     }
 
 
 @torch.inference_mode()
-def spread(gate: UserGate, histories: Sequence[History]) -> dict[str, Any]:
+def spread(gate: UserGate, users: Sequence[User]) -> dict[str, Any]:
     """How much ω [N, K] differs between users.
 
     Returns:
@@ -136,7 +156,7 @@ def spread(gate: UserGate, histories: Sequence[History]) -> dict[str, Any]:
         the difference is the information between user and expert. mean and standard deviation of each factor.
     """
     gate.eval()
-    gate.see(histories)
+    gate.see(users)
     omega_NK = gate.factors_NK
     assert omega_NK is not None
     mean_K = omega_NK.mean(0)
@@ -155,40 +175,74 @@ def _entropy(omega: torch.Tensor) -> torch.Tensor:
     return -torch.special.xlogy(omega, omega).sum(-1)
 
 
+def alone(data: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the ids say without any text.
+
+    Returns:
+        hit ratios of the candidate that SASRec ranks first; whose embedding, which is all that a projector reads, is
+        the most like the mean of the history's; and whose id is the nearest to one of the history.
+    """
+    tensors = load_file(data / lastfm.ENCODER)
+    head = {part: tensors.pop(f"s_fc.{part}") for part in ("weight", "bias")}
+    item_ND, places = tensors["item_embeddings.weight"], len(tensors["positional_embeddings.weight"])
+    sasrec = Sasrec(tensors, len(item_ND) - 1, places)
+    found: dict[str, list[bool]] = {"sasrec": [], "embedding": [], "nearest_id": []}
+    unit_ND = torch.nn.functional.normalize(item_ND, dim=1)
+    for row in rows:
+        history, offered = (torch.tensor(ids) for ids in row["user"])
+        right = row["candidates"].index(row["answer"])
+        scores_I = head["weight"] @ sasrec.states([row["user"].history])[0] + head["bias"]
+        found["sasrec"].append(int(scores_I[offered].argmax()) == right)
+        found["embedding"].append(int((unit_ND[offered] @ unit_ND[history].mean(0)).argmax()) == right)
+        distance_C = (offered[:, None] - history).abs().amin(1)
+        found["nearest_id"].append(int(distance_C.argmin()) == right)
+    ratios = {name: rate(hits) for name, hits in found.items()}
+    return {name: {part: ratio[part] for part in ratio if part != "hits"} for name, ratio in ratios.items()}
+
+
 def measure(run: Run, model_folder: Path, data: Path) -> dict[str, Any]:
     """Train and judge."""
     torch.set_num_threads(THREADS)
+    rows = prepared(TASKS[TASK], data, SPLIT)
+    if run.method == SASREC:
+        seen = prepared(TASKS[TASK], data, "train")[:SEEN_ROWS]
+        return {SPLIT: alone(data, rows), "train": alone(data, seen)}
+    users = [row["user"] for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    rows = prepared(TASKS[TASK], data, SPLIT)
-    histories = [row["history"] for row in rows]
     trainee, hint = Trainee(model, {}, save=lambda _: None), TASKS[TASK].hint
     results: dict[str, Any] = {}
-    if run.method is not None:
-        trainee, loop = begin(run.order(run.method), Base(BASE_NAME, model, tokenizer), data)
-        gate = getattr(trainee.model, "user_gate", None)
-        before = None if gate is None else spread(gate, histories)
-        began_s = time.perf_counter()
+    gate: UserGate | None = None
+    if run.method != BASE:
+        trainee, loop = begin(run.order, Base(BASE_NAME, model, tokenizer), data)
+        gate, hint = getattr(trainee.model, "user_gate", None), ""
+        before = gate and spread(gate, users)
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
         results["training_losses"] = [round(loss, 4) for loss in loop]
         results["training_s"] = round(time.perf_counter() - began_s, 1)
+        results["training_cpu_s"] = round(time.process_time() - began_cpu_s, 1)
         trainee.round_as_saved(getattr(torch, RECIPES[run.method].saved_dtype))
         results["parameters"] = sum(parameter.numel() for parameter in trainee.trainable.values())
-        if gate is not None:
-            results["factors"] = {"before": before, "after": spread(gate, histories)}
-            others = histories[1:] + histories[:1]
-            strangers = [{**row, "history": other} for row, other in zip(rows, others, strict=True)]
-            results["ranked_by_another_users_gate"] = ranked(trainee, tokenizer, strangers, "")
-        hint = ""
-
-    def tell(numbers: Sequence[int]) -> None:
-        if trainee.for_users is not None:
-            trainee.for_users([histories[number] for number in numbers])
-
+        results["factors"] = gate and {"before": before, "after": spread(gate, users)}
     questions = [hint + lastfm.read(row)[0] for row in rows]
+    if trainee.for_users is None:
+        questions = [unmarked(question) for question in questions]
+    else:
+        tokenizer = with_markers(tokenizer)
+
+    def tell(numbers: Sequence[int], stranger: int = 0) -> None:
+        if trainee.for_users is not None:
+            trainee.for_users([users[number] for number in numbers])
+        if gate is not None and stranger:
+            gate.see([users[(number + stranger) % len(users)] for number in numbers])
+
     texts, _ = answers(trainee.model, tokenizer, TASKS[TASK], questions, before=tell)
     results["answers"] = named(texts, rows)
-    results["first_answers"] = texts[:5]
-    results["ranked"] = ranked(trainee, tokenizer, rows, hint)
+    results["ranked"] = ranked(trainee.model, tokenizer, questions, rows, lambda number: tell([number]))
+    if run.method == "ilora":
+        results["ranked_by_another_users_gate"] = ranked(
+            trainee.model, tokenizer, questions, rows, lambda number: tell([number], stranger=1)
+        )
     return results
 
 
@@ -224,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         with options.results.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        print(run.label, {name: results[name]["hit_ratio"] for name in ("answers", "ranked")}, flush=True)
+        print(run.label, {name: results[name]["hit_ratio"] for name in ("answers", "ranked") if name in results})
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -147,6 +148,67 @@ def test_the_gate_table_is_the_committed_result() -> None:
     served = [line["costs"] for line in lines if (line["label"], line["arguments"]["backend"]) == ("step", "cpu")]
     assert served
     assert all(max(cost["ratio"], cost["first_ratio"]) <= 1.05 for costs in served for cost in costs)
+
+
+def ilora_table(lines: list[dict[str, Any]]) -> str:
+    """Hits of every trained run and of the base; what SASRec ranks without text."""
+    table = [
+        "| run | HitRatio@1 | ValidRatio | HitRatio@1 by likelihood | loss of the right one of five |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    names = {"base": "base, told the form", "lora": "LoRA", "llara": "LLaRA", "ilora": "iLoRA"}
+    for line in sorted(lines, key=lambda line: [*names, "sasrec"].index(line["arguments"]["method"])):
+        method, found = line["arguments"]["method"], line["results"]
+        if method == "sasrec":
+            table += [f"| {name} | – | – | {hits(found['test'][key])} | – |" for key, name in ALONE.items()]
+            continue
+        name = names[method] + ("" if method == "base" else f", seed {line['arguments']['seed']}")
+        asked, rank = found["answers"], found["ranked"]
+        loss = f"{rank['loss']:.2f} ± {rank['loss_standard_error']:.2f}"
+        table.append(f"| {name} | {hits(asked)} | {asked['valid_ratio']:.3f} | {hits(rank)} | {loss} |")
+    return "\n".join(table)
+
+
+ALONE = {
+    "sasrec": "SASRec's own ranking",
+    "embedding": "cosine of SASRec's item embeddings",
+    "nearest_id": "nearest item id",
+}
+
+
+def hits(found: dict[str, Any]) -> str:
+    return f"{found['hit_ratio']:.3f} ± {found['hit_ratio_standard_error']:.3f}"
+
+
+def spread_table(lines: list[dict[str, Any]]) -> str:
+    """How far ω tells users apart, in nats, and what another user's costs."""
+    table = [
+        "| run | entropy of ω, mean over users | entropy of the mean user's ω | standard deviation of each factor "
+        "| loss by another user's ω less that by the own |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        if line["arguments"]["method"] != "ilora":
+            continue
+        found = line["results"]
+        for when, gate in found["factors"].items():
+            strange, own = (found[key]["row_losses"] for key in ("ranked_by_another_users_gate", "ranked"))
+            cost = [one - other for one, other in zip(strange, own, strict=True)]
+            cells = (
+                f"iLoRA, seed {line['arguments']['seed']}, {when} training",
+                f"{gate['entropy']:.4f}",
+                f"{gate['entropy_of_mean']:.4f}",
+                ", ".join(f"{each:.3f}" for each in gate["standard_deviation"]),
+                "" if when == "before" else f"{fmean(cost):+.4f} ± {stdev(cost) / math.sqrt(len(cost)):.4f}",
+            )
+            table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def test_the_ilora_tables_are_the_committed_results() -> None:
+    lines, page = results("ilora-cpu.jsonl"), PAGE.read_text()
+    assert ilora_table(lines) in page
+    assert spread_table(lines) in page
 
 
 def test_the_lossy_table_is_the_committed_result() -> None:

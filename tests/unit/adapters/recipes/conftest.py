@@ -96,7 +96,7 @@ def order() -> Callable[..., Order]:
     def make(method: str = "lora", **changes: Any) -> Order:
         adapted = bool(RECIPES[method].targets)
         defaults: dict[str, Any] = {
-            "task": "lastfm" if method == "ilora" else "wikisql",
+            "task": "lastfm" if method in ("ilora", "llara") else "wikisql",
             "rank": (4 if method == "ilora" else 3) if adapted else 0,
             "alpha": 6 if adapted else 0,
             "targets": ("q_proj", "v_proj") if adapted else (),

@@ -12,6 +12,7 @@ import torch
 from motet.adapters.recipes.corpus import IGNORED, Corpus, chat_ids, packed
 from motet.adapters.recipes.errors import DataError
 from motet.adapters.recipes.forward import answer_losses
+from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.run import Base
 from tests.support.tokenizer import byte_tokenizer
 from tests.support.tolerances import TOLERANCES
@@ -78,13 +79,13 @@ def test_only_answers_are_labelled() -> None:
 def test_a_personal_corpus_keeps_each_rows_user_and_shares_no_prefix() -> None:
     """What the model makes of a shared prefix would be one user's."""
     plain = Corpus.of(byte_tokenizer(), EXAMPLES)
-    histories = [(1,), (2, 3), (4,), (5,)]
-    personal = plain.personal(histories)
+    users = [User((1,), ()), User((2, 3), (9,)), User((4,), ()), User((5,), ())]
+    personal = plain.personal(users)
     assert plain.prefix
     assert personal.prefix == []
     assert [asked for asked, _ in personal.rows] == [plain.prefix + asked for asked, _ in plain.rows]
-    assert personal.users([2, 1]) == [(4,), (2, 3)]
-    assert len({plain.digest(), personal.digest(), plain.personal(histories[::-1]).digest()}) == 3
+    assert personal.users_of([2, 1]) == [users[2], users[1]]
+    assert len({plain.digest(), personal.digest(), plain.personal(users[::-1]).digest()}) == 3
     assert list(personal.draws(6, 2, 0)) == list(plain.draws(6, 2, 0)), "the order of the rows is the same"
 
 

@@ -18,8 +18,9 @@ from motet.adapters.methods import lower
 from motet.adapters.recipes.corpus import Corpus
 from motet.adapters.recipes.errors import DataError, TargetError
 from motet.adapters.recipes.ilora import GatedLinear, UserGate, start
+from motet.adapters.recipes.items import marker_ids, with_markers
 from motet.adapters.recipes.loop import Loop, Schedule
-from motet.adapters.recipes.readers import History
+from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.router_network import RouterNetwork
 from motet.adapters.recipes.run import Base, Order, begin
 from motet.adapters.recipes.table import RECIPES
@@ -31,15 +32,16 @@ from tests.support.bases import base_of
 from tests.support.ilora_modules import RouterModule, SasrecModule, look_trained
 from tests.support.layouts_ilora import HISTORY_LENGTH, ITEMS
 from tests.support.models import ALL_LINEARS
+from tests.support.tokenizer import byte_tokenizer
 from tests.support.tolerances import TOLERANCES
 
 IDS = torch.tensor([[5, 17, 4, 101, 33, 9, 250, 7]])
 LOGITS = TOLERANCES["logits", torch.float32]
-USERS: list[History] = [(3, 4, 5), (30, 2, 9, 11, 0, 36), (7,) * HISTORY_LENGTH]
+USERS = [User(history, ()) for history in ((3, 4, 5), (30, 2, 9, 11, 0, 36), (7,) * HISTORY_LENGTH)]
 RANK, ALPHA, SCALE = 8, 12, 6.0
 
 
-def begun(base: Base, data: Path, *targets: str, rank: int = RANK) -> Trainee:
+def begun(base: Base, data: Path, *targets: str, rank: int = RANK, experts: int = 4) -> Trainee:
     torch.manual_seed(0)
     sasrec = encoder([TASKS["lastfm"]], data)
     setup = Setup(
@@ -51,8 +53,9 @@ def begun(base: Base, data: Path, *targets: str, rank: int = RANK) -> Trainee:
         "public/name",
         list,
         encoder=lambda: sasrec,
+        markers=lambda: marker_ids(base.tokenizer),
     )
-    return start(setup)
+    return start(setup, experts)
 
 
 def shaken(trainee: Trainee) -> Trainee:
@@ -70,20 +73,20 @@ def shaken(trainee: Trainee) -> Trainee:
     return trainee
 
 
-def told(trainee: Trainee, histories: Sequence[History]) -> Any:
+def told(trainee: Trainee, users: Sequence[User]) -> Any:
     assert trainee.for_users is not None
     model = trainee.model.eval()
-    trainee.for_users(histories)
+    trainee.for_users(users)
     return model
 
 
 @torch.no_grad()
-def logits(trainee: Trainee, histories: Sequence[History]) -> torch.Tensor:
-    return told(trainee, histories)(IDS.expand(len(histories), -1)).logits  # type: ignore[no-any-return]
+def logits(trainee: Trainee, users: Sequence[User]) -> torch.Tensor:
+    return told(trainee, users)(IDS.expand(len(users), -1)).logits  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def oracle_factors(trainee: Trainee, data: Path, history: History) -> list[float]:
+def oracle_factors(trainee: Trainee, data: Path, history: tuple[int, ...]) -> list[float]:
     """ω by the tests' own networks."""
     sasrec, router = SasrecModule(ITEMS, HISTORY_LENGTH), RouterModule(4)
     sasrec.load_state_dict(load_file(data / "rec" / "lastfm" / "sasrec_lastfm.safetensors"))
@@ -103,8 +106,8 @@ def test_each_row_is_the_dense_model_of_its_own_user(base: Callable[[], Base], d
     trainee = shaken(begun(base(), data))
     together = logits(trainee, USERS)
     spread = []
-    for row, history in enumerate(USERS):
-        omega = oracle_factors(trainee, data, history)
+    for row, user in enumerate(USERS):
+        omega = oracle_factors(trainee, data, user.history)
         dense = base().model.eval()
         for path, module in trainee.model.named_modules():
             if isinstance(module, GatedLinear):
@@ -114,10 +117,21 @@ def test_each_row_is_the_dense_model_of_its_own_user(base: Callable[[], Base], d
                     weight += SCALE * share * (module.b_OR[:, part] @ module.a_RI[part]).detach()
         with torch.no_grad():
             LOGITS.assert_close(together[row : row + 1], dense(IDS).logits)
-        LOGITS.assert_close(logits(trainee, [history]), together[row : row + 1])
+        LOGITS.assert_close(logits(trainee, [user]), together[row : row + 1])
         spread.append(omega)
     assert float(torch.tensor(spread).std(0).max()) > 0.05
     assert float((together[0] - together[1]).abs().max()) > 100 * LOGITS.atol
+
+
+def test_one_expert_is_plain_lora_for_every_user(base: Callable[[], Base], data: Path) -> None:
+    trainee = begun(base(), data, experts=1)
+    dense = base().model.eval()
+    for path, module in trainee.model.named_modules():
+        if isinstance(module, GatedLinear):
+            torch.nn.init.normal_(module.b_OR, std=0.1)
+            dense.get_submodule(path).weight.data += ALPHA / RANK * (module.b_OR @ module.a_RI).detach()
+    with torch.no_grad():
+        LOGITS.assert_close(logits(trainee, USERS), dense(IDS).logits.expand(3, -1, -1))
 
 
 def test_the_router_is_the_one_that_is_served() -> None:
@@ -140,12 +154,15 @@ def test_batch_norm_learns_its_statistics_in_training_only(base: Callable[[], Ba
     assert not any(torch.equal(tensor, before[name]) for name, tensor in trainee.kept.items())
 
 
-def test_only_pairs_and_the_router_train(base: Callable[[], Base], data: Path) -> None:
+def test_only_pairs_the_router_and_the_projector_train(base: Callable[[], Base], data: Path) -> None:
     trainee = shaken(begun(base(), data))
-    told(trainee, USERS)(IDS.expand(3, -1)).logits.square().sum().backward()
+    heard, offered = marker_ids(byte_tokenizer())
+    ids_1T = torch.tensor([[5, heard, 17, heard, heard, offered, 9, 250]])
+    users = [User((item, item + 1, item + 2), (item,)) for item in (3, 30, 7)]
+    told(trainee, users)(ids_1T.expand(3, -1)).logits.square().sum().backward()
     with_gradient = {id(parameter) for parameter in trainee.model.parameters() if parameter.grad is not None}
     assert with_gradient == {id(parameter) for parameter in trainee.trainable.values()}
-    assert len(trainee.trainable) == 2 * 7 * 2 + 59
+    assert len(trainee.trainable) == 2 * 7 * 2 + 59 + 4
     for name, parameter in trainee.trainable.items():
         assert parameter.grad is not None
         assert bool((parameter.grad != 0).any()), name
@@ -163,12 +180,12 @@ def test_the_importer_finds_every_users_model(
     trainee.round_as_saved(torch.bfloat16)
     trainee.save(tmp_path)
     lowered = lower(read(tmp_path), base_of(base().model))
-    assert lowered.form == "iLoRA folder, stored batch-norm statistics, no projector"
+    assert lowered.form == "iLoRA folder, stored batch-norm statistics"
     assert {path.rpartition(".")[2] for path in lowered.effects} == set(targets)
     assert lowered.gate is not None
     gate = build(lowered.gate)
-    omega_NK = gate.factors([UserInput(history=history) for history in USERS])  # type: ignore[union-attr, arg-type]
-    for history, omega_K in zip(USERS, omega_NK, strict=True):
+    omega_NK = gate.factors([UserInput(history=user.history) for user in USERS])  # type: ignore[union-attr, arg-type]
+    for user, omega_K in zip(USERS, omega_NK, strict=True):
         merged = base().model.eval()
         for path, effects in lowered.effects.items():
             pair = effects.low_rank
@@ -176,7 +193,7 @@ def test_the_importer_finds_every_users_model(
             gate_R = omega_K[lowered.gate.groups[path]]
             merged.get_submodule(path).weight.data += pair.b_OR @ (gate_R[:, None] * pair.a_RI)
         with torch.no_grad():
-            LOGITS.assert_close(logits(trainee, [history]), merged(IDS).logits)
+            LOGITS.assert_close(logits(trainee, [user]), merged(IDS).logits)
 
 
 def test_the_folder_says_what_it_is(base: Callable[[], Base], data: Path, tmp_path: Path) -> None:
@@ -198,7 +215,7 @@ def test_the_folder_says_what_it_is(base: Callable[[], Base], data: Path, tmp_pa
     }
     gate = load_file(tmp_path / "gate.safetensors")
     assert {tensor.dtype for name, tensor in gate.items() if "running" in name or "sasrec" in name} == {torch.float32}
-    assert gate["router.gate.fc.weight"].dtype == torch.bfloat16
+    assert gate["router.gate.fc.weight"].dtype == gate["projector.mlp_proj.2.bias"].dtype == torch.bfloat16
     own = encoder([TASKS["lastfm"]], data)
     assert all(torch.equal(gate[f"sasrec.{name}"], tensor) for name, tensor in own.items())
 
@@ -206,7 +223,7 @@ def test_the_folder_says_what_it_is(base: Callable[[], Base], data: Path, tmp_pa
 def test_users_who_ask_the_same_are_answered_apart(base: Callable[[], Base], data: Path) -> None:
     """Only the gate can know: a model blind to users would give all of them the same logits, right for one half."""
     trainee = begun(base(), data)
-    users: list[History] = [(item, item + 1, item + 2) for item in range(0, 32, 2)]
+    users = [User((item, item + 1, item + 2), ()) for item in range(0, 32, 2)]
     rows = [([5, 17, 4], [100 + number % 2]) for number in range(len(users))]
     corpus = Corpus([], rows).personal(users)
     before = factors(trainee, users)
@@ -220,8 +237,8 @@ def test_users_who_ask_the_same_are_answered_apart(base: Callable[[], Base], dat
 
 
 @torch.no_grad()
-def factors(trainee: Trainee, histories: Sequence[History]) -> torch.Tensor:
-    gate: UserGate = told(trainee, histories).user_gate
+def factors(trainee: Trainee, users: Sequence[User]) -> torch.Tensor:
+    gate: UserGate = told(trainee, users).user_gate
     assert gate.factors_NK is not None
     return gate.factors_NK.clone()
 
@@ -231,9 +248,10 @@ def test_a_run_gives_each_row_its_own_history(
 ) -> None:
     _, loop = begin(order("ilora"), base(), data)
     assert loop.corpus.prefix == []
-    tokenizer = base().tokenizer
-    for (asked, _), history in zip(loop.corpus.rows, loop.corpus.histories, strict=True):
-        assert f"Band {history[-1]}\nCandidates" in tokenizer.decode(asked)
+    tokenizer = with_markers(base().tokenizer)
+    for (asked, _), user in zip(loop.corpus.rows, loop.corpus.users, strict=True):
+        assert f"Band {user.history[-1]} [HistoryEmb]\nCandidates" in tokenizer.decode(asked)
+        assert sum(token in marker_ids(base().tokenizer) for token in asked) == len(user.history) + len(user.candidates)
 
 
 def test_a_rank_that_the_experts_do_not_divide_is_refused(base: Callable[[], Base], data: Path) -> None:

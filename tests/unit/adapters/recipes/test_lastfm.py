@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from motet.adapters.recipes import lastfm, users
+from motet.adapters.recipes import lastfm
 from motet.adapters.recipes.errors import DataError
+from motet.adapters.recipes.readers import MARKERS, unmarked
 from motet.adapters.recipes.tasks import TASKS, examples, named, prepared, rows
+from motet.adapters.recipes.users import encoder, users
 from tests.support.layouts_ilora import HISTORY_LENGTH, ITEMS
 from tests.unit.adapters.recipes.conftest import listener_row
 
@@ -19,9 +21,9 @@ TASK = TASKS["lastfm"]
 
 def test_a_question_names_the_last_titles_and_the_candidates(data: Path) -> None:
     (row,) = lastfm.prepare(data, [listener_row(first=2, length=7)])
-    assert row["history"] == (2, 3, 4, 5, 6, 7, 8)
+    assert row["user"].history == (4, 5, 6, 7, 8)
     question, answer = lastfm.read(row)
-    heard, offered = question.split("\n")
+    heard, offered = unmarked(question).split("\n")
     assert heard == "Listened to: Band 4; Band 5; Band 6; Band 7; Band 8"
     assert offered == "Candidates: " + "; ".join(row["candidates"])
     assert answer == row["answer"] == "Band 9"
@@ -32,7 +34,8 @@ def test_one_of_five_candidates_is_next_and_none_was_heard(data: Path) -> None:
     for row in made:
         assert len({name.casefold() for name in row["candidates"]}) == 5
         assert row["answer"] in row["candidates"]
-        assert not {f"Band {item}" for item in row["history"]} & set(row["candidates"])
+        assert not set(row["user"].history) & set(row["user"].candidates)
+        assert row["candidates"] == [f"Band {item}" for item in row["user"].candidates]
     assert {row["candidates"].index(row["answer"]) for row in made} == set(range(5))
 
 
@@ -53,24 +56,35 @@ def test_candidates_depend_on_the_row_alone(data: Path) -> None:
 
 
 def test_short_histories_are_left_out_and_long_splits_are_thinned(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = [len(row["history"]) for row in prepared(TASK, data, "train")]
+    lengths = [len(row["user"].history) for row in prepared(TASK, data, "train")]
     assert len(rows(data, lastfm.DATA, "train")) == 33
-    assert sorted(lengths) == sorted(list(range(3, HISTORY_LENGTH + 1)) * 3)
+    assert sorted(lengths) == sorted([min(length, 5) for length in range(3, HISTORY_LENGTH + 1)] * 3)
     monkeypatch.setattr(lastfm, "MOST_ROWS", 7)
     few = prepared(TASK, data, "train")
     assert len(few) == 7
     assert few == prepared(TASK, data, "train")
 
 
-def test_histories_stand_beside_their_questions(data: Path) -> None:
-    histories = users.histories([TASK], data, "test")
-    for (question, _), history in zip(examples(TASK, data, "test"), histories, strict=True):
-        assert f"Band {history[-1]}\n" in question
+def test_a_marker_follows_every_name_of_a_users_items(data: Path) -> None:
+    for (question, _), user in zip(examples(TASK, data, "test", marked=True), users([TASK], data, "test"), strict=True):
+        lines = [
+            "; ".join(f"Band {item} {marker}" for item in ids)
+            for ids, marker in zip(user, MARKERS.values(), strict=True)
+        ]
+        assert question == f"Listened to: {lines[0]}\nCandidates: {lines[1]}"
 
 
-def test_the_demo_names_its_own_history(data: Path) -> None:
-    assert all(isinstance(item, int) for item in TASK.demo_history)
-    assert TASK.demo.split("\n")[0].count(";") == len(TASK.demo_history) - 1
+def test_who_has_no_items_reads_the_names_alone(data: Path) -> None:
+    marked = examples(TASK, data, "test", marked=True)
+    for (plain, answer), (question, same) in zip(examples(TASK, data, "test"), marked, strict=True):
+        assert plain == question.replace(" [HistoryEmb]", "").replace(" [CansEmb]", "")
+        assert answer == same
+
+
+def test_the_demo_has_a_marker_for_each_item_of_its_user() -> None:
+    assert TASK.demo_user is not None
+    for field, marker in MARKERS.items():
+        assert TASK.demo.count(marker) == len(getattr(TASK.demo_user, field))
 
 
 @pytest.mark.parametrize(
@@ -82,13 +96,13 @@ def test_an_answer_is_its_first_line(text: str, name: str | None) -> None:
 
 
 def test_the_encoder_has_no_layer_that_ranks(data: Path) -> None:
-    tensors = users.encoder([TASK], data)
+    tensors = encoder([TASK], data)
     assert tuple(tensors["item_embeddings.weight"].shape) == (ITEMS + 1, 64)
     assert not any(name.startswith("s_fc") for name in tensors)
 
 
 @pytest.mark.parametrize("asked", ["wikisql", "lastfm+boolq"])
-@pytest.mark.parametrize("read", [users.encoder, lambda tasks, data: users.histories(tasks, data, "train")])
+@pytest.mark.parametrize("read", [encoder, lambda tasks, data: users(tasks, data, "train")])
 def test_tasks_without_a_history_for_every_row_are_refused(asked: str, read: Any, data: Path) -> None:
     with pytest.raises(DataError, match="--task must be one that has it: lastfm"):
         read(named(asked), data)
@@ -97,8 +111,8 @@ def test_tasks_without_a_history_for_every_row_are_refused(asked: str, read: Any
 def test_absent_files_are_named_without_their_place(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"training data rec/lastfm/id2name\.txt cannot be read") as names:
         lastfm.prepare(tmp_path, [])
-    with pytest.raises(DataError, match=r"network rec/lastfm/sasrec_lastfm\.safetensors") as encoder:
-        users.encoder([TASK], tmp_path)
-    assert str(tmp_path) not in str(names.value) + str(encoder.value)
+    with pytest.raises(DataError, match=r"network rec/lastfm/sasrec_lastfm\.safetensors") as network:
+        encoder([TASK], tmp_path)
+    assert str(tmp_path) not in str(names.value) + str(network.value)
     with pytest.raises(DataError, match=r"rec/lastfm/dev\.jsonl"):
         examples(TASK, data, "dev")

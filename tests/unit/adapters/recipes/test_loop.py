@@ -15,6 +15,7 @@ from torch import nn
 from motet.adapters.recipes.corpus import Corpus
 from motet.adapters.recipes.forward import answer_losses
 from motet.adapters.recipes.loop import Loop, Schedule, held_out_losses
+from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.run import Base
 from motet.adapters.recipes.tasks import TASKS, examples
 from motet.adapters.recipes.trainee import Trainee
@@ -125,15 +126,15 @@ def test_a_slower_tensor_is_taken_up_with_its_own_moments(make: Make) -> None:
 
 def test_a_model_is_told_its_users_before_each_forward(make: Make) -> None:
     """In training with the rows of the batch, and in evaluation, when the model knows that it is one."""
-    told: list[tuple[bool, list[tuple[int, ...]]]] = []
+    told: list[tuple[bool, list[User]]] = []
     trainee, plain = make(for_users=lambda users: told.append((trainee.model.training, list(users))))
-    corpus = plain.corpus.personal([(number, 7) for number in range(len(plain.corpus.rows))])
+    corpus = plain.corpus.personal([User((number,), (7,)) for number in range(len(plain.corpus.rows))])
     list(Loop(trainee, corpus, SCHEDULE, autocast=False))
-    assert told == [(True, [(number, 7) for number in numbers]) for numbers in corpus.draws(4, 4, 0)]
+    assert told == [(True, [User((number,), (7,)) for number in numbers]) for numbers in corpus.draws(4, 4, 0)]
     told.clear()
     sums, counts = held_out_losses(trainee, corpus, 5)
     assert not any(training for training, _ in told)
-    seen = [user[0] for _, users in told for user in users]
+    seen = [user.history[0] for _, users in told for user in users]
     assert sorted(seen) == list(range(len(corpus.rows)))
     lengths = [sum(map(len, corpus.rows[number])) for number in seen]
     assert lengths == sorted(lengths), "in the order of the batches"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from motet.adapters.recipes import scorecard
+from motet.adapters.recipes.items import marker_ids, with_markers
+from motet.adapters.recipes.readers import User
 from motet.adapters.recipes.run import Base, Order
 from motet.adapters.recipes.scoring import answers, score
 from motet.adapters.recipes.tasks import TASKS
@@ -133,24 +136,33 @@ def test_only_the_base_is_told_the_form(told: bool, data: Path) -> None:
     assert exam.taken_by(model, tokenizer, iter, told).scores["exact_match"] == 1
 
 
+def named(asked: str) -> User:
+    """The items whose names, and markers, are in a question."""
+    heard, offered = (re.findall(rf"Band (\d+) \[{marker}Emb\]", asked) for marker in ("History", "Cans"))
+    return User(tuple(map(int, heard)), tuple(map(int, offered)))
+
+
 def test_a_model_is_told_whose_questions_come_next(data: Path) -> None:
     """In the order of each batch, which is by length; the demo has a user of its own."""
     exam = scorecard.Exam.of(TASKS["lastfm"], data, 9)
-    assert len(exam.histories) == len(exam.rows) == 9
-    assert all(f"Band {history[-1]}\n" in asked for history, (asked, _) in zip(exam.histories, exam.rows, strict=True))
-    tokenizer, told = byte_tokenizer(), []
+    assert len(exam.users) == len(exam.rows) == 9
+    assert all(named(asked) == user for user, (asked, _) in zip(exam.users, exam.rows, strict=True))
+    tokenizer, told, counts = with_markers(byte_tokenizer()), [], []
+    markers = torch.tensor(marker_ids(byte_tokenizer()))
 
     class Listening(Scripted):
         def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> SimpleNamespace:
             told.append([tokenizer.decode(ids[mask == 1]) for ids, mask in zip(input_ids, attention_mask, strict=True)])
+            counts.extend(torch.isin(input_ids, markers).sum(1).tolist())
             return super().generate(input_ids, attention_mask, **options)
 
     said = dict(exam.rows) | {exam.task.demo: "Air"}
     users: list[Any] = []
     model = Listening(tokenizer, said)
-    result = exam.taken_by(model, tokenizer, iter, told=False, for_users=users.append)
+    result = exam.taken_by(model, byte_tokenizer(), iter, told=False, for_users=users.append)
     assert result.scores["exact_match"] == 1
     batch, demo = users
-    assert demo == [exam.task.demo_history]
+    assert demo == [exam.task.demo_user]
+    assert counts == [len(user.history) + len(user.candidates) for user in (*batch, *demo)]
     assert len(told) == 2
-    assert all(f"Band {history[-1]}\n" in prompt for history, prompt in zip(batch, told[0], strict=True))
+    assert all(named(prompt) == user for user, prompt in zip(batch, told[0], strict=True))

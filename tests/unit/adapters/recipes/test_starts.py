@@ -34,9 +34,9 @@ READ_BY_PEFT = ["lora", "rslora", "dora", "eva", "pissa", "olora"]
 """PEFT needs the calibration to read CorDA's own layout, and takes PoLAR for LoRA."""
 OWN_CONFIG = ("s2ft", "emtal")
 """Not a LoraConfig: test_s2ft.py, test_emtal.py."""
-OF_USERS = "ilora"
-"""Its model runs for users only: test_ilora.py."""
-METHODS = [method for method in RECIPES if method != OF_USERS]
+OF_USERS = ("llara", "ilora")
+"""Their models run for users only: test_ilora.py."""
+METHODS = [method for method in RECIPES if method not in OF_USERS]
 ADAPTERS = [method for method in METHODS if RECIPES[method].targets]
 """The others save a whole model: test_lisa.py."""
 
