@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 
 from motet.adapters.recipes.corpus import Corpus
-from motet.adapters.recipes.forward import answer_logits, answer_losses
+from motet.adapters.recipes.forward import answer_losses, answer_states
 from motet.adapters.recipes.trainee import Trainee
 
 WARMUP_SHARE = 0.05
@@ -83,7 +83,7 @@ class Loop:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Mean loss of an answer token, of each step done."""
+        """Of each step done: the mean loss of an answer token, or the method's own objective."""
         return tuple(self._losses)
 
     def __iter__(self) -> Iterator[float]:
@@ -97,11 +97,7 @@ class Loop:
             self._trainee.model.train()
             if self._trainee.for_users is not None:
                 self._trainee.for_users(self.corpus.users_of(numbers))
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-                logits_NV, labels_N = answer_logits(self._trainee.model, self.corpus.prefix, self.corpus.batch(numbers))
-                loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
-                further = self._trainee.further_loss
-                total = loss if further is None else loss + further(logits_NV, labels_N)
+            loss, total = self._loss(numbers)
             total.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trainee.trainable.values(), LARGEST_NORM)
             self._trainee.correct_gradients()
@@ -109,6 +105,19 @@ class Loop:
             self._optimizer.zero_grad()
             self._losses.append(loss.item())
             yield self._losses[-1]
+
+    def _loss(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a step reports, and what it descends."""
+        model, batch = self._trainee.model, self.corpus.batch(numbers)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+            states_ND, labels_N = answer_states(model, self.corpus.prefix, batch)
+            if self._trainee.objective is None:
+                logits_NV = model.lm_head(states_ND).float()
+                loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
+                further = self._trainee.further_loss
+                return loss, loss if further is None else loss + further(logits_NV, labels_N)
+        loss = self._trainee.objective(states_ND.float(), labels_N)
+        return loss, loss
 
     def _forget_frozen(self) -> None:
         """The optimiser keeps no moments of what does not train: no memory for them, no push when it trains again."""
@@ -160,3 +169,24 @@ def held_out_losses(
         for number, part in zip(numbers, parts, strict=True):
             sums[number] = float(part.sum())
     return sums, counts
+
+
+@torch.inference_mode()
+def question_states(trainee: Trainee, corpus: Corpus, size: int) -> torch.Tensor:
+    """The state after the final norm at the end of every row's question, float32 [rows, D]; by the model as it stands.
+
+    Args:
+        size: rows of a batch; rows of like length go together.
+    """
+    order = sorted(range(len(corpus.rows)), key=lambda number: sum(map(len, corpus.rows[number])))
+    found: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        if trainee.for_users is not None:
+            trainee.for_users(corpus.users_of(numbers))
+        states_ND, _ = answer_states(trainee.model, corpus.prefix, corpus.batch(numbers))
+        first = 0
+        for number in numbers:
+            found[number] = states_ND[first]
+            first += len(corpus.rows[number][1])
+    return torch.stack([found[number] for number in range(len(order))])

@@ -20,7 +20,7 @@ from motet.adapters.recipes import checkpoint, knowledge
 from motet.adapters.recipes.corpus import Corpus, packed
 from motet.adapters.recipes.errors import OutputError, TargetError
 from motet.adapters.recipes.items import marker_ids, with_markers
-from motet.adapters.recipes.loop import Loop, Schedule
+from motet.adapters.recipes.loop import Loop, Schedule, question_states
 from motet.adapters.recipes.quality import label_tokens
 from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
@@ -121,6 +121,8 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
             classes,
             encoder=lambda: encoder(tasks, data),
             markers=lambda: marker_ids(base.tokenizer),
+            labels=(tasks[0].choices or ()) if len(tasks) == 1 else (),
+            n_rows=len(corpus.rows),
         )
     )
     if trainee.for_users is not None:
@@ -181,5 +183,8 @@ class Run:
                 checkpoint.keep(self._unfinished, self.loop.state(), self._settings)
             yield loss
         self.trainee.round_as_saved(getattr(torch, RECIPES[self._order.method].saved_dtype))
+        if self.trainee.refit is not None:
+            self.trainee.model.eval()
+            self.trainee.refit(question_states(self.trainee, self.loop.corpus, self._order.batch))
         self.trainee.save(self._out)
         shutil.rmtree(self._unfinished)

@@ -100,6 +100,25 @@ RECIPES: Mapping[str, Recipe] = {
         alpha=32,
         targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
+    "lora-head": Recipe(
+        "LoRA with dropout and a plain head over the task's words",
+        2e-3,
+        saved_dtype="float32",
+        peft={"lora_dropout": 0.1},
+    ),
+    "polar-vbll": Recipe(
+        "PoLAR and a head whose weights have a covariance, learnt with it", 4e-3, alpha=32, saved_dtype="float32"
+    ),
+    "polar-vbll-diagonal": Recipe("the same, with variances alone", 4e-3, alpha=32, saved_dtype="float32"),
+    "polar-vbll-lowrank": Recipe(
+        "the same, with variances and three directions", 4e-3, alpha=32, saved_dtype="float32"
+    ),
+    "polar-laplace": Recipe(
+        "polar-vbll, its covariance computed anew after training by Laplace's approximation",
+        4e-3,
+        alpha=32,
+        saved_dtype="float32",
+    ),
     "lisa": Recipe("whole layers, a few at a time, and the embedding: a whole model", 3e-4, 0, 0, targets=()),
     "full": Recipe("every parameter all the time: a whole model", 1e-4, 0, 0, targets=()),
 }

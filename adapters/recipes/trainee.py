@@ -29,6 +29,8 @@ class Setup:
         classes: of each task the token ids of its label words, made when asked for; none where a task has no such.
         encoder: the weights of the network that reads the histories of the task's users, made when asked for.
         markers: token ids of MARKERS, made when asked for.
+        labels: the answers of the task where it is one task and has a list of them.
+        n_rows: that there are to learn from.
     """
 
     model: Any
@@ -41,6 +43,8 @@ class Setup:
     classes: Callable[[], Sequence[Sequence[int]]] = tuple
     encoder: Callable[[], Mapping[str, torch.Tensor]] = dict
     markers: Callable[[], Sequence[int]] = tuple
+    labels: tuple[str, ...] = ()
+    n_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,11 @@ class Trainee:
             them. What it does depends on nothing else that changes, so that a run can be taken up.
         further_loss: of the logits float32 [N, V] and labels [N] of a step's answer tokens; added to their mean cross
             entropy.
+        objective: of the states float32 [N, D] before a step's answer tokens and of those tokens [N]; descended instead
+            of the vocabulary's cross entropy.
+        refit: called after the last step with the state float32 [rows, D] at the end of every row's question; sets
+            trained tensors once more.
+        classify: of such states the logit of each label [N, C]; None where the vocabulary's head answers.
         kept: further tensors that the next step depends on, changed in place.
         rates: by the name of a trained tensor its share of the learning rate; 1 where it is absent.
         for_users: called before every forward, in training or not, with each row's user; None where the model does
@@ -68,6 +77,9 @@ class Trainee:
     correct_gradients: Callable[[], None] = lambda: None
     before_step: Callable[[int, int], None] = lambda *_: None
     further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    refit: Callable[[torch.Tensor], None] | None = None
+    classify: Callable[[torch.Tensor], torch.Tensor] | None = None
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     for_users: Callable[[Sequence[User]], None] | None = None

@@ -135,8 +135,10 @@ def train(
         running = run.Run(order, base, data, out, resume=resume, keep_every=checkpoint_every)
         _follow(running, running.loop.done, order.steps)
         track, trainee = _tracked("the adapter answers"), running.trainee
-        taught = trainee.model, base.tokenizer
-        results = [exam.taken_by(*taught, track, told=False, for_users=trainee.for_users) for exam in exams]
+        taught = trainee.model, base.tokenizer, track
+        results = [
+            exam.taken_by(*taught, told=False, for_users=trainee.for_users, classify=trainee.classify) for exam in exams
+        ]
         if exams:
             scorecard.write(out, order, exams, base_results, results)
     losses = running.loop.losses

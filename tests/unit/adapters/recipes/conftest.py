@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from motet.adapters.recipes import headed
 from motet.adapters.recipes.readers import word_facts
 from motet.adapters.recipes.run import Base, Order
+from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS, Task
 from tests.support.ilora_modules import SasrecModule, look_trained
@@ -21,6 +23,8 @@ from tests.support.tokenizer import byte_tokenizer
 
 SIDES, PARTS = "sides", "parts"
 """Tasks of the fixture below."""
+HEADED = tuple(method for method, start in STARTS.items() if getattr(start, "func", None) is headed.start)
+"""They learn a task with a list of answers: test_headed.py."""
 COLORS = "red green blue black white brown grey pink gold navy teal plum".split()
 
 
