@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from motet.server.model.default_model import ensure_default_model
+from tests.e2e import vision as vision_server
 from tests.e2e.gated import Gated, serving
 from tests.e2e.process import ADMIN_KEY, Server
 from tests.support.layout import Layout
@@ -117,6 +118,12 @@ def administered(
 def gated(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_tokenizer: Any) -> Iterator[Gated]:
     """The random Llama, "tiny", with adapters whose factors each request gives."""
     yield from serving(tmp_path_factory.mktemp("gated"), tiny_model, tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vision_server.Vision]:
+    """A tiny vision transformer, "vit", with adapters and a pool."""
+    yield from vision_server.serving(tmp_path_factory.mktemp("vision"))
 
 
 @pytest.fixture(scope="session")
