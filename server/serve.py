@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,26 +24,24 @@ from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
-from motet.kernels.dispatch import default_backend
 from motet.server.api.app import create_app
-from motet.server.api.base_info import BaseInfo
-from motet.server.api.measuring import text_score
-from motet.server.api.merging import Merging, encoder
+from motet.server.api.classifying import Classifying
+from motet.server.api.measuring import no_score, text_score
+from motet.server.api.merging import Merging
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Keys, Service
+from motet.server.bases import Loaded, Steps, text_steps, vision_steps
 from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
-from motet.server.engine.scheduler import Scheduler, StepLimits
+from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.stream import Streams
-from motet.server.engine.types import BlockId, GenerationId, Lease as EngineLease, Plan, Sampling, Span
+from motet.server.engine.types import Lease as EngineLease
 from motet.server.metrics import Metrics
-from motet.server.model.attention import KvCache
-from motet.server.model.batch import EffectsBuilder
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
-from motet.server.model.runner import ModelRunner
+from motet.server.model.vision import is_vision, load_vision
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -53,8 +50,6 @@ CPU_MEMORY_BYTES = 1 << 30
 """Default of --kv-memory and --adapter-memory on a CPU; committed by the operating system as it is first used."""
 CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
 """Default shares of the free device memory after the base model is loaded."""
-DEFAULT_ROWS = {"cpu": 512, "cuda": 4096}
-DEFAULT_GENERATIONS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = 10 << 30
 """Default of --adapter-cache-size."""
 LAST_WORDS_S = 3
@@ -71,13 +66,11 @@ class Assembled:
         report: takes the stages that are still to come.
     """
 
-    loaded: LoadedModel
+    loaded: Loaded
     residency: Residency
     cache: LoweredCache | None
     adapters: tuple[tuple[str, Path, Declared], ...]
-    runner: ModelRunner
-    blocks: int
-    limits: StepLimits
+    steps: Steps
     keys: Keys
     threads: int
     report: Report
@@ -94,13 +87,13 @@ def choose_device(asked: str) -> torch.device:
     return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(config: ServeConfig, report: Report) -> LoadedModel:
+def load_base(config: ServeConfig, report: Report) -> Loaded:
     """The base model the options name, or the default one."""
     device = choose_device(config.device)
     path = base_path(config.model)
     name = config.name or (DEFAULT_MODEL_NAME if config.model is None else Path(path).name)
     report(f"loading {name}")
-    return load(path, name, config.dtype, device)
+    return (load_vision if is_vision(path) else load)(path, name, config.dtype, device)
 
 
 def base_path(model: str | None) -> str:
@@ -108,14 +101,14 @@ def base_path(model: str | None) -> str:
     return str(ensure_default_model()) if model is None else model
 
 
-def new_residency(loaded: LoadedModel, budget_bytes: int) -> Residency:
+def new_residency(loaded: Loaded, budget_bytes: int) -> Residency:
     """An empty arena with its tables."""
     targets = loaded.base.targets
     widths = {width for target in targets.values() for width in (target.in_width, target.out_width)}
     return Residency(targets, Arena(widths, budget_bytes, loaded.dtype, loaded.device))
 
 
-def new_registry(loaded: LoadedModel, budget_bytes: int) -> Registry:
+def new_registry(loaded: Loaded, budget_bytes: int) -> Registry:
     """An empty registry with its arena, without cache and golden checks."""
     return Registry(loaded.base, new_residency(loaded, budget_bytes))
 
@@ -135,24 +128,12 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
     loaded = load_base(config, report)
-    kind = loaded.device.type
     residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
-    block_bytes = KvCache.block_bytes(loaded.layers, config.block_size, loaded.dtype)
-    blocks = _budget(config.kv_memory, "kv-memory", loaded.device) // block_bytes
-    loaded.allocate_cache(blocks, config.block_size)
-    effects = EffectsBuilder(
-        residency,
-        list(loaded.base.targets.values()),
-        default_backend(loaded.device),
-        embedding=loaded.embedding_path,
-        head=loaded.head_path,
-    )
-    runner = ModelRunner(loaded, effects)
-    limits = StepLimits(
-        rows=config.max_batch_rows or DEFAULT_ROWS[kind],
-        generations=config.max_generations or DEFAULT_GENERATIONS[kind],
-    )
-    return Assembled(loaded, residency, cache, adapters, runner, blocks, limits, keys, threads, report)
+    if isinstance(loaded, LoadedModel):
+        steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
+    else:
+        steps = vision_steps(config, loaded, residency)
+    return Assembled(loaded, residency, cache, adapters, steps, keys, threads, report)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
@@ -186,18 +167,11 @@ def own_the_processors(engine: Engine) -> None:
     torch.set_num_threads(1)
 
 
-def _prepare_steps(runner: ModelRunner, threads: int) -> None:
-    """In the step thread: take the processors, then warm up."""
+def _prepare_steps(steps: Steps, threads: int) -> None:
+    """In the step thread: take the processors, then warm up, so that the first request does not pay for that."""
     torch.set_num_threads(threads)
-    _warm_up(runner)
-
-
-def _warm_up(runner: ModelRunner) -> None:
-    """One prompt and one token, so that the first request does not pay for lazy initialisation."""
-    for start, tokens in ((0, (1,) * 16), (15, (1,))):
-        sampling = Sampling(max_tokens=1)
-        span = Span(GenerationId(0), (), tokens, start, (BlockId(0),), True, sampling, 0)
-        runner.run(Plan((span,)))
+    for plan in steps.warm_up:
+        steps.runner.run(plan)
 
 
 def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
@@ -240,38 +214,30 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
 
 def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service:
     """Join engine and adapters; must run in the event loop that will serve."""
-    loaded, residency, loop = assembled.loaded, assembled.residency, asyncio.get_running_loop()
+    steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
-    scheduler = Scheduler(BlockPool(assembled.blocks, config.block_size), assembled.limits)
-    base = BaseInfo(
-        name=loaded.name,
-        fingerprint=loaded.base.fingerprint,
-        max_length=min(loaded.max_length, assembled.blocks * config.block_size),
-        vocabulary=loaded.vocabulary,
-        end_tokens=loaded.end_tokens,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=str(loaded.device),
-        created_s=int(time.time()),
-    )
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits)
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
         registry.release(lease)
 
-    prepare = functools.partial(_prepare_steps, assembled.runner, assembled.threads)
-    engine = Engine(scheduler, assembled.runner, streams.publish, end_lease, prepare)
+    prepare = functools.partial(_prepare_steps, steps, assembled.threads)
+    engine = Engine(scheduler, steps.runner, streams.publish, end_lease, prepare)
     check = score = None
-    scorer = Scorer(base, engine, streams)
+    scorer = Scorer(steps.info, engine, streams)
     if golden:
-        check, score = golden_check(scorer, loop), text_score(scorer, loop, loaded.tokenizer)
-    registry = Registry(loaded.base, residency, assembled.cache, check, score)
+        check = golden_check(scorer, loop)
+        score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
+    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score)
     return Service(
-        base=base,
-        tokenizer=loaded.tokenizer,
+        base=steps.info,
+        tokenizer=steps.tokenizer,
         registry=registry,
         engine=engine,
         streams=streams,
-        merging=Merging(registry, scorer, encoder(loaded.tokenizer)),
+        merging=Merging(registry, scorer, steps.inputs),
+        classifying=Classifying(steps.info, registry, scorer, steps.inputs),
         metrics=Metrics(
             engine_state=lambda: engine.state,
             adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
@@ -285,7 +251,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
 
 def lower_alone(
     config: ServeConfig, folder: Path, declared: Declared, report: Report
-) -> tuple[LoadedModel, Lowered, Receipt]:
+) -> tuple[Loaded, Lowered, Receipt]:
     """Lower an adapter for the base model that the options name, without serving it.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The logits and the loss of a batch's answers, the common prefix computed once for all rows.
+"""The states, the logits and the loss of a batch's answers, the common prefix computed once for all rows.
 
 Must not know: optimisers, methods, data sets.
 
-Shapes: B rows of a batch, T positions, N answer tokens of the whole batch, V vocabulary.
+Shapes: B rows of a batch, T positions, N answer tokens of the whole batch, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from motet.adapters.recipes.corpus import IGNORED, Batch
 
 
-def answer_logits(model: Any, prefix: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits float32 [N, V] and labels [N] of each answer token, row after row; gradients flow through the prefix too.
+def answer_states(model: Any, prefix: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """State after the final norm [N, D] before each answer token, and that token [N], row after row.
+
+    Gradients flow through the prefix too.
 
     Args:
-        model: a causal language model of transformers; its two halves are called apart, to leave out the logits of
-            the questions.
+        model: a causal language model of transformers; its body alone is called, to leave out the logits of the
+            questions.
         prefix: token ids that precede every row.
         batch: padded to the right. No mask is needed: attention is causal, so no token sees a pad.
     """
@@ -31,7 +33,13 @@ def answer_logits(model: Any, prefix: Sequence[int], batch: Batch) -> tuple[torc
         past = model.model(input_ids=torch.tensor([list(prefix)]), use_cache=True).past_key_values
         past.batch_repeat_interleave(len(ids_BT))
     hidden = model.model(input_ids=ids_BT, past_key_values=past, use_cache=past is not None).last_hidden_state
-    return model.lm_head(hidden[:, :-1][wanted]).float(), labels_BT[:, 1:][wanted]
+    return hidden[:, :-1][wanted], labels_BT[:, 1:][wanted]
+
+
+def answer_logits(model: Any, prefix: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 [N, V] and label [N] of each answer token; arguments as `answer_states` takes them."""
+    states_ND, labels_N = answer_states(model, prefix, batch)
+    return model.lm_head(states_ND).float(), labels_N
 
 
 def answer_losses(model: Any, prefix: Sequence[int], batch: Batch) -> torch.Tensor:

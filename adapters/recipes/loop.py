@@ -6,14 +6,15 @@ Must not know: methods, tasks, files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from motet.adapters.recipes.corpus import Corpus
-from motet.adapters.recipes.forward import answer_logits, answer_losses
+from motet.adapters.recipes.episodes import Episodes
+from motet.adapters.recipes.forward import answer_losses, answer_states
 from motet.adapters.recipes.trainee import Trainee
 
 WARMUP_SHARE = 0.05
@@ -60,10 +61,11 @@ class State:
 class Loop:
     """One training run. Iterating does the steps that are left, and yields the loss of each once it is done."""
 
-    def __init__(self, trainee: Trainee, corpus: Corpus, schedule: Schedule, autocast: bool = True) -> None:
+    def __init__(self, trainee: Trainee, corpus: Corpus | Episodes, schedule: Schedule, autocast: bool = True) -> None:
         """Nothing is computed yet.
 
         Args:
+            corpus: of episodes where the trainee has a loss of its own.
             autocast: products in bfloat16, 1.7 times as fast on a processor that has them. Weights, of PiSSA's and
                 CorDA's remainder too, trained tensors and the optimiser's state stay float32: only the rounding of
                 each product differs.
@@ -83,25 +85,23 @@ class Loop:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Mean loss of an answer token, of each step done."""
+        """Of each step done: the mean loss of an answer token, or the trainee's own."""
         return tuple(self._losses)
 
     def __iter__(self) -> Iterator[float]:
         schedule = self._schedule
-        draws = self.corpus.draws(schedule.steps, schedule.batch, schedule.seed)
-        for numbers in islice(draws, self.done, None):
+        draws = self.corpus.draws(-(-schedule.steps // self._trainee.turns), schedule.batch, schedule.seed)
+        repeated = (numbers for numbers in draws for _ in range(self._trainee.turns))
+        for numbers in islice(repeated, self.done, schedule.steps):
             for group in self._optimizer.param_groups:
                 group["lr"] = group["share"] * schedule.rate(self.done)
             self._trainee.before_step(self.done, schedule.steps)
             self._forget_frozen()
             self._trainee.model.train()
             if self._trainee.for_users is not None:
+                assert isinstance(self.corpus, Corpus), "episodes have no users"
                 self._trainee.for_users(self.corpus.users_of(numbers))
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-                logits_NV, labels_N = answer_logits(self._trainee.model, self.corpus.prefix, self.corpus.batch(numbers))
-                loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
-                further = self._trainee.further_loss
-                total = loss if further is None else loss + further(logits_NV, labels_N)
+            loss, total = self._losses_of(numbers)
             total.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._trainee.trainable.values(), LARGEST_NORM)
             self._trainee.correct_gradients()
@@ -109,6 +109,23 @@ class Loop:
             self._optimizer.zero_grad()
             self._losses.append(loss.item())
             yield self._losses[-1]
+
+    def _losses_of(self, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is reported of a step's rows, and what is minimised."""
+        trainee = self._trainee
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+            if trainee.own_loss is not None:
+                loss = trainee.own_loss(numbers)
+                return loss, loss
+            assert isinstance(self.corpus, Corpus), "only a trainee with a loss of its own learns from episodes"
+            states_ND, labels_N = answer_states(trainee.model, self.corpus.prefix, self.corpus.batch(numbers))
+            if trainee.objective is None:
+                logits_NV = trainee.model.lm_head(states_ND).float()
+                loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
+                further = trainee.further_loss
+                return loss, loss if further is None else loss + further(logits_NV, labels_N)
+        loss = trainee.objective(states_ND.float(), labels_N)
+        return loss, loss
 
     def _forget_frozen(self) -> None:
         """The optimiser keeps no moments of what does not train: no memory for them, no push when it trains again."""
@@ -160,3 +177,24 @@ def held_out_losses(
         for number, part in zip(numbers, parts, strict=True):
             sums[number] = float(part.sum())
     return sums, counts
+
+
+@torch.inference_mode()
+def question_states(trainee: Trainee, corpus: Corpus, size: int) -> torch.Tensor:
+    """The state after the final norm at the end of every row's question, float32 [rows, D]; by the model as it stands.
+
+    Args:
+        size: rows of a batch; rows of like length go together.
+    """
+    order = sorted(range(len(corpus.rows)), key=lambda number: sum(map(len, corpus.rows[number])))
+    found: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        if trainee.for_users is not None:
+            trainee.for_users(corpus.users_of(numbers))
+        states_ND, _ = answer_states(trainee.model, corpus.prefix, corpus.batch(numbers))
+        first = 0
+        for number in numbers:
+            found[number] = states_ND[first]
+            first += len(corpus.rows[number][1])
+    return torch.stack([found[number] for number in range(len(order))])

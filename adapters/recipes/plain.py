@@ -21,8 +21,7 @@ def lora_config(setup: Setup, **further: Any) -> LoraConfig:
         r=setup.rank,
         lora_alpha=setup.alpha,
         target_modules=list(setup.targets),
-        lora_dropout=0.0,
-        **{**setup.recipe.peft, **further},
+        **{"lora_dropout": 0.0, **setup.recipe.peft, **further},
     )
 
 

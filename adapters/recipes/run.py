@@ -18,9 +18,10 @@ from torch import nn
 from motet.adapters.checkpoint import MODEL_CONFIG
 from motet.adapters.recipes import checkpoint, knowledge
 from motet.adapters.recipes.corpus import Corpus, packed
+from motet.adapters.recipes.episodes import Episodes
 from motet.adapters.recipes.errors import OutputError, TargetError
 from motet.adapters.recipes.items import marker_ids, with_markers
-from motet.adapters.recipes.loop import Loop, Schedule
+from motet.adapters.recipes.loop import Loop, Schedule, question_states
 from motet.adapters.recipes.quality import label_tokens
 from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
@@ -95,6 +96,11 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
     recipe = RECIPES[order.method]
     _check_targets(order, base)
     tasks = named(order.task)
+    schedule = Schedule(order.steps, order.learning_rate, order.batch, order.seed)
+    if recipe.episodes:
+        episodes = Episodes.of(base.tokenizer, [examples(task, data, "train") for task in tasks])
+        setup = Setup(base.model, recipe, order.rank, order.alpha, order.targets, base.name, list, episodes=episodes)
+        return (trainee := STARTS[order.method](setup)), Loop(trainee, episodes, schedule)
     corpus = Corpus.of(base.tokenizer, interleaved(tasks, data, "train"))
 
     def samples() -> Sequence[torch.Tensor]:
@@ -121,13 +127,15 @@ def begin(order: Order, base: Base, data: Path) -> tuple[Trainee, Loop]:
             classes,
             encoder=lambda: encoder(tasks, data),
             markers=lambda: marker_ids(base.tokenizer),
+            labels=(tasks[0].choices or ()) if len(tasks) == 1 else (),
+            n_rows=len(corpus.rows),
         )
     )
     if trainee.for_users is not None:
         asking = users(tasks, data, "train")
         marked = [example for task in tasks for example in examples(task, data, "train", marked=True)]
         corpus = Corpus.of(with_markers(base.tokenizer), marked).personal(asking)
-    return trainee, Loop(trainee, corpus, Schedule(order.steps, order.learning_rate, order.batch, order.seed))
+    return trainee, Loop(trainee, corpus, schedule)
 
 
 def _check_targets(order: Order, base: Base) -> None:
@@ -181,5 +189,9 @@ class Run:
                 checkpoint.keep(self._unfinished, self.loop.state(), self._settings)
             yield loss
         self.trainee.round_as_saved(getattr(torch, RECIPES[self._order.method].saved_dtype))
+        if self.trainee.refit is not None:
+            assert isinstance(self.loop.corpus, Corpus), "a head is refitted on questions"
+            self.trainee.model.eval()
+            self.trainee.refit(question_states(self.trainee, self.loop.corpus, self._order.batch))
         self.trainee.save(self._out)
         shutil.rmtree(self._unfinished)

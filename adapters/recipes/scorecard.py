@@ -16,7 +16,7 @@ from typing import Any
 from motet.adapters.recipes.items import with_markers
 from motet.adapters.recipes.readers import Example, User, unmarked
 from motet.adapters.recipes.run import Order
-from motet.adapters.recipes.scoring import Track, answers, score
+from motet.adapters.recipes.scoring import Classify, Track, answers, score
 from motet.adapters.recipes.tasks import JOINED, Task, examples, split_name
 from motet.adapters.recipes.users import users
 
@@ -60,12 +60,14 @@ class Exam:
         track: Track[int],
         told: bool,
         for_users: Callable[[Sequence[User]], None] | None = None,
+        classify: Classify | None = None,
     ) -> Result:
         """A model's scores.
 
         Args:
             told: whether it is told the form of the answer, as a base model must be.
             for_users: the trainee's, which the model must be told its rows' users by.
+            classify: the trainee's, by which it answers in place of the vocabulary's logits.
         """
 
         def before(numbers: Sequence[int]) -> None:
@@ -81,8 +83,10 @@ class Exam:
             rows, demo = [(unmarked(asked), answer) for asked, answer in rows], unmarked(demo)
         else:
             tokenizer = with_markers(tokenizer)
-        scores = score(model, tokenizer, self.task, rows, self.task.hint if told else "", track, before)
-        return Result(scores, answers(model, tokenizer, self.task, [demo], before=before_demo)[0][0])
+        hint = self.task.hint if told else ""
+        scores = score(model, tokenizer, self.task, rows, hint, track, before, classify)
+        texts, _ = answers(model, tokenizer, self.task, [demo], before=before_demo, classify=classify)
+        return Result(scores, texts[0])
 
 
 @dataclass(frozen=True, slots=True)

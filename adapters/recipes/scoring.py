@@ -20,6 +20,8 @@ BATCH = 32
 Item = TypeVar("Item")
 Track = Callable[[Sequence[Item]], Iterable[Item]]
 """Shows progress through a sequence."""
+Classify = Callable[[torch.Tensor], torch.Tensor]
+"""From states float32 [N, D] after the final norm to a logit of each choice [N, C]."""
 
 
 @torch.inference_mode()
@@ -30,11 +32,13 @@ def answers(
     questions: Sequence[str],
     track: Track[int] = iter,
     before: Callable[[Sequence[int]], None] = lambda _: None,
+    classify: Classify | None = None,
 ) -> tuple[list[str], list[list[float]]]:
     """Greedy texts and, of each, the logits of the choices' first tokens; none without choices.
 
     Args:
         before: called before each batch with the numbers of its questions.
+        classify: the adapter's own head: the texts are the likeliest choices then, and the logits its own.
     """
     texts: list[str] = [""] * len(questions)
     logits: list[list[float]] = [[]] * len(questions)
@@ -47,11 +51,16 @@ def answers(
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         model.eval()
         before(chosen)
+        if classify is not None:
+            assert task.choices is not None
+            for i, row in zip(chosen, classify(model.model(**batch).last_hidden_state[:, -1].float()), strict=True):
+                texts[i], logits[i] = task.choices[int(row.argmax())], row.tolist()
+            continue
         out = model.generate(**batch, **keep, do_sample=False, max_new_tokens=task.answer_tokens)
-        for row, i in enumerate(chosen):
-            texts[i] = tokenizer.decode(out.sequences[row, len(batch["input_ids"][0]) :], skip_special_tokens=True)
+        for place, i in enumerate(chosen):
+            texts[i] = tokenizer.decode(out.sequences[place, len(batch["input_ids"][0]) :], skip_special_tokens=True)
             if first_tokens:
-                logits[i] = out.logits[0][row, first_tokens].tolist()
+                logits[i] = out.logits[0][place, first_tokens].tolist()
     return texts, logits
 
 
@@ -63,6 +72,7 @@ def score(
     hint: str = "",
     track: Track[int] = iter,
     before: Callable[[Sequence[int]], None] = lambda _: None,
+    classify: Classify | None = None,
 ) -> dict[str, float]:
     """Exact match and micro F1 of the facts, share of well-formed texts; with choices, accuracy by the logits.
 
@@ -70,9 +80,10 @@ def score(
 
     Args:
         hint: put before every question.
-        before: as `answers` calls it.
+        before, classify: as `answers` uses them.
     """
-    texts, logits = answers(model, tokenizer, task, [hint + question for question, _ in tests], track, before)
+    questions = [hint + question for question, _ in tests]
+    texts, logits = answers(model, tokenizer, task, questions, track, before, classify)
     pairs = [(task.facts(text), task.facts(told) or frozenset()) for text, (_, told) in zip(texts, tests, strict=True)]
     metrics = {
         "exact_match": fmean(given == wanted for given, wanted in pairs),

@@ -24,6 +24,7 @@ class Recipe:
             which rank and alpha, then 0, say nothing either.
         saved_dtype: of the saved tensors. Where the initial pair is part of the base, the change is a difference of
             two pairs and bfloat16 would round most of it away.
+        episodes: whether a step's rows are an episode, texts to tell apart by examples, and not questions to answer.
         peft: further fields of PEFT's LoraConfig.
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     batch: int = 8
     saved_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     calibration: Calibration | None = None
+    episodes: bool = False
     peft: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -99,6 +101,36 @@ RECIPES: Mapping[str, Recipe] = {
         1e-3,
         alpha=32,
         targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "lora-head": Recipe(
+        "LoRA with dropout and a plain head over the task's words",
+        2e-3,
+        saved_dtype="float32",
+        peft={"lora_dropout": 0.1},
+    ),
+    "polar-vbll": Recipe(
+        "PoLAR and a head whose weights have a covariance, learnt with it", 4e-3, alpha=32, saved_dtype="float32"
+    ),
+    "polar-vbll-diagonal": Recipe("the same, with variances alone", 4e-3, alpha=32, saved_dtype="float32"),
+    "polar-vbll-lowrank": Recipe(
+        "the same, with variances and three directions", 4e-3, alpha=32, saved_dtype="float32"
+    ),
+    "polar-laplace": Recipe(
+        "polar-vbll, its covariance computed anew after training by Laplace's approximation",
+        4e-3,
+        alpha=32,
+        saved_dtype="float32",
+    ),
+    "amt": Recipe(
+        "a pool of LoRAs that tell texts apart by examples, each against stronger perturbations",
+        2e-3,
+        rank=4,
+        alpha=4,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        steps=160,
+        batch=40,
+        saved_dtype="float32",
+        episodes=True,
     ),
     "lisa": Recipe("whole layers, a few at a time, and the embedding: a whole model", 3e-4, 0, 0, targets=()),
     "full": Recipe("every parameter all the time: a whole model", 1e-4, 0, 0, targets=()),

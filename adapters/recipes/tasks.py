@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from motet.adapters.recipes import lastfm, readers
+from motet.adapters.recipes import lastfm, readers, subjects
 from motet.adapters.recipes.errors import DataError
 from motet.adapters.recipes.readers import Example, Facts, User, unmarked
 
@@ -23,7 +23,7 @@ class Task:
 
     Attributes:
         data: path below the data folder, without `.train.jsonl`, `.test.jsonl`; with a slash at its end, of the folder
-            that has `train.jsonl`, `test.jsonl`.
+            that has `train.jsonl`, `test.jsonl`; where there is a `part`, of the one file, without `.jsonl`.
         read: a row of the data, with markers where items can stand; None where it does not fit.
         facts: what an answer is scored by; None where the text is not of the task's form.
         hint: put before the question for the base model only, which cannot know the form otherwise.
@@ -31,6 +31,7 @@ class Task:
         choices: all answers there are, to rank by the logit of their first token as well; the rows are balanced
             between them.
         prepare: what else of the data folder the rows need, put into those that are kept.
+        part: the rows of a split, where one file has them all.
         user: of a row; None where the task has none.
         encoder: path below the data folder of the SASRec that reads the histories.
         demo_user: who asks the demo question.
@@ -44,6 +45,7 @@ class Task:
     demo: str
     choices: tuple[str, ...] | None = None
     prepare: Callable[[Path, list[dict[str, Any]]], list[dict[str, Any]]] = lambda _, rows: rows
+    part: Callable[[list[dict[str, Any]], str], list[dict[str, Any]]] | None = None
     user: Callable[[dict[str, Any]], User] | None = None
     encoder: str | None = None
     demo_user: User | None = None
@@ -97,6 +99,15 @@ TASKS: Mapping[str, Task] = {
         answer_tokens=4,
         demo="Who is teaching EECS 484 next Winter?",
         choices=readers.KINDS,
+    ),
+    "subjects": Task(
+        data=subjects.DATA,
+        read=subjects.read,
+        facts=subjects.facts,
+        hint=subjects.HINT,
+        answer_tokens=8,
+        demo=subjects.DEMO,
+        part=subjects.part,
     ),
     "lastfm": Task(
         data=lastfm.DATA,
@@ -163,6 +174,8 @@ def prepared(task: Task, data: Path, split: str) -> list[dict[str, Any]]:
     Raises:
         DataError: a file is absent.
     """
+    if task.part is not None:
+        return task.prepare(data, task.part(file_rows(data, task.data), split))
     return task.prepare(data, rows(data, task.data, split))
 
 
@@ -172,14 +185,23 @@ def rows(data: Path, name: str, split: str) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is absent.
     """
+    return file_rows(data, split_name(name, split))
+
+
+def file_rows(data: Path, name: str) -> list[dict[str, Any]]:
+    """The JSON objects of a file, named without `.jsonl`.
+
+    Raises:
+        DataError: the file is absent.
+    """
     try:
-        lines = (data / f"{split_name(name, split)}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")  # texts may hold other ends of lines
     except OSError as error:
         raise DataError(
-            f"training data {split_name(name, split)}.jsonl cannot be read ({error.strerror}); "
+            f"training data {name}.jsonl cannot be read ({error.strerror}); "
             "name the folder that has it with --data or MOTET_DATA"
         ) from error
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines if line]
 
 
 def split_name(name: str, split: str) -> str:

@@ -6,6 +6,9 @@ Must not know: adapters, the engine, tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Modality = Literal["text", "image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,8 @@ class BaseInfo:
     Attributes:
         max_length: prompt and generated tokens together.
         created_s: Unix time the server loaded it.
+        modality: of what it takes; an image stands at one position.
+        labels: of its classes, where it is a classifier.
     """
 
     name: str
@@ -25,3 +30,5 @@ class BaseInfo:
     dtype: str
     device: str
     created_s: int
+    modality: Modality = "text"
+    labels: tuple[str, ...] = ()

@@ -1,11 +1,11 @@
-"""POST /v1/classify: the labels of an adapter's head, or of a merge's support set by the nearness to their class means.
+"""POST /v1/classify: labels by an adapter's head, by a merge's class means, or by a base that is a classifier.
 
 Must not know: how probabilities are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,8 +14,8 @@ from motet.adapters.errors import AdapterNotFoundError
 from motet.adapters.heads import HeadFile
 from motet.server.api import uncertainty
 from motet.server.api.errors import ApiError, bad_request
-from motet.server.api.labelling import leased
-from motet.server.api.merged import Merged
+from motet.server.api.given import inputs_of
+from motet.server.api.labelling import Labeller, leased
 from motet.server.api.schemas import ClassifyBody
 from motet.server.api.service import Service
 
@@ -29,14 +29,20 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/classify")
     async def classify(body: ClassifyBody, request: Request) -> dict[str, Any]:
         service.require_open()
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        if not 1 <= len(texts) <= MOST_INPUTS:
-            raise bad_request(f"input has {len(texts)} texts; 1 to {MOST_INPUTS} are possible", "input")
+        takes = service.base.modality
+        given = inputs_of(body.input, takes)
+        if not 1 <= len(given) <= MOST_INPUTS:
+            raise bad_request(f"input has {len(given)} {takes}s; 1 to {MOST_INPUTS} are possible", "input")
         header = request.headers.get(uncertainty.HEADER)
-        if (merged := service.merging.find(body.model)) is not None:
-            rows, tokens = await _by_merge(service, merged, body, texts, header)
-        else:
-            rows, tokens = await _by_head(service, body, texts, header)
+        found = None
+        if service.merging.find(body.model) is None:
+            async with leased(service, body.model) as labeller:
+                if labeller.head is not None:
+                    found = await _by_head(labeller, labeller.head, body, given, header)
+        if found is None:
+            _asked(body, header, None, len(given))
+            found = await _by_classifier(service, body.model, given)
+        rows, tokens = found
         return {
             "object": "list",
             "model": body.model,
@@ -47,34 +53,34 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _by_merge(
-    service: Service, merged: Merged, body: ClassifyBody, texts: Sequence[str], header: str | None
-) -> tuple[list[dict[str, Any]], int]:
-    _asked(body, header, None, len(texts))
-    try:
-        probabilities_NC, tokens = await service.merging.classify(merged, texts)
-    except AdapterNotFoundError as error:
-        raise _no_classifier(body.model, str(error)) from error
-    return [_row(merged.labels, row_C.tolist()) for row_C in probabilities_NC], tokens
-
-
 async def _by_head(
-    service: Service, body: ClassifyBody, texts: Sequence[str], header: str | None
+    labeller: Labeller, head: HeadFile, body: ClassifyBody, given: Mapping[str, str], header: str | None
 ) -> tuple[list[dict[str, Any]], int]:
-    async with leased(service, body.model) as labeller:
-        if (head := labeller.head) is None:
-            raise _no_classifier(
-                body.model, "it is no merge, and no adapter with a head; GET /v1/models lists the labels of heads"
-            )
-        asked = _asked(body, header, head, len(texts))
-        prompts = [labeller.encoded(text, f"input.{place}") for place, text in enumerate(texts)]
-        answers, _ = await labeller.by_head(prompts, None if asked is None else asked.samples, body.seed)
+    asked = _asked(body, header, head, len(given))
+    prompts = await labeller.read(given)
+    answers, _ = await labeller.by_head(prompts, None if asked is None else asked.samples, body.seed)
     rows = [_row(head.labels, answer.p_C.tolist()) for answer in answers]
     if asked is not None:
         rows = [
             {**row, "uncertainty": uncertainty.of_head(head, answer)} for row, answer in zip(rows, answers, strict=True)
         ]
-    return rows, sum(map(len, prompts))
+    return rows, sum(len(prompt.tokens) for prompt in prompts)
+
+
+async def _by_classifier(service: Service, model: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], int]:
+    """Of a merge or of the base."""
+    merged = service.merging.find(model)
+    try:
+        if merged is None:
+            labels: Sequence[str] = service.base.labels
+            probabilities_NC, tokens = await service.classifying.classify(model, given)
+        else:
+            labels = merged.labels
+            probabilities_NC, tokens = await service.merging.classify(merged, given)
+    except AdapterNotFoundError as error:
+        message = f"model {model!r} does not classify: {error}"
+        raise ApiError(404, message, code="model_not_found", param="model") from error
+    return [_row(labels, row_C.tolist()) for row_C in probabilities_NC], tokens
 
 
 def _asked(body: ClassifyBody, header: str | None, head: HeadFile | None, prompts: int) -> uncertainty.Asked | None:
@@ -90,7 +96,3 @@ def _row(labels: Sequence[str], probabilities: list[float]) -> dict[str, Any]:
         "probs": dict(zip(labels, probabilities, strict=True)),
         "num_classes": len(labels),
     }
-
-
-def _no_classifier(model: str, why: str) -> ApiError:
-    return ApiError(404, f"model {model!r} does not classify: {why}", code="model_not_found", param="model")

@@ -19,6 +19,7 @@ from motet.adapters.heads import HeadFile
 from motet.server.api import questions
 from motet.server.api.decision_body import DecisionBody, text_of
 from motet.server.api.errors import bad_request
+from motet.server.api.inputs import Prompt
 from motet.server.api.labelling import Labeller, leased
 from motet.server.api.questions import LETTERS, Option
 from motet.server.api.service import Service
@@ -37,6 +38,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/decisions")
     async def decisions(body: DecisionBody) -> dict[str, Any]:
         service.require_open()
+        service.require_texts()
         options = [questions.options_of(one, f"questions.{place}") for place, one in enumerate(body.questions)]
         async with leased(service, body.model) as labeller:
             head = labeller.head
@@ -61,7 +63,7 @@ async def _by_head(
         questions.places(one, options[at], head.labels, f"questions.{at}") for at, one in enumerate(body.questions)
     ]
     prompts = [_prompt(labeller, body, text_of(one.instructions), as_text=True) for one in body.questions]
-    predictives, cached = await labeller.by_head(prompts)
+    predictives, cached = await labeller.by_head([Prompt(prompt) for prompt in prompts])
     answers = []
     for at, (question, predictive) in enumerate(zip(body.questions, predictives, strict=True)):
         said, p_C = of_head(head, predictive), predictive.p_C.tolist()
@@ -80,7 +82,7 @@ async def _by_letters(labeller: Labeller, body: DecisionBody, options: Sequence[
         for question in asked
     ]
     letters = _letters(labeller, max(map(len, options)), "" if templated else " ")
-    logprobs, cached = await labeller.by_tokens(letters, prompts)
+    logprobs, cached = await labeller.by_tokens(letters, [Prompt(prompt) for prompt in prompts])
     answers = []
     for at, (question, found) in enumerate(zip(body.questions, logprobs, strict=True)):
         own = found[: len(options[at])]

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from motet.adapters import errors as adapter_errors
+from motet.server.api.inputs import InputError
 from motet.server.api.scoring import ScoringError
 from motet.server.heads.errors import HeadError
 
@@ -112,6 +113,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(adapter_errors.AdapterError)
     async def _adapter(request: Request, error: adapter_errors.AdapterError) -> JSONResponse:
         return await _api(request, from_adapter_error(error))
+
+    @app.exception_handler(InputError)
+    async def _input(request: Request, error: InputError) -> JSONResponse:
+        return await _api(request, bad_request(str(error), error.field, "input_refused"))
 
     @app.exception_handler(ScoringError)
     async def _scoring(request: Request, error: ScoringError) -> JSONResponse:

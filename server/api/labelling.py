@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from motet.adapters.errors import GateError
@@ -17,6 +17,7 @@ from motet.adapters.heads import HeadFile
 from motet.adapters.lease import Lease
 from motet.server.api import uses
 from motet.server.api.heads import Asking
+from motet.server.api.inputs import Prompt
 from motet.server.api.schemas import MOST_SEED
 from motet.server.api.scoring import FEATURE, Question
 from motet.server.api.service import Service
@@ -48,7 +49,20 @@ class Labeller:
     def tokenizer(self) -> Tokenizer:
         """The adapter's, where it has one of its own."""
         own = None if self.lease is None else self.lease.resident.own
-        return self.service.tokenizer if own is None else own.tokenizer
+        tokenizer = self.service.tokenizer if own is None else own.tokenizer
+        assert tokenizer is not None, "whoever asks made sure that the base takes texts"
+        return tokenizer
+
+    async def read(self, given: Mapping[str, str]) -> list[Prompt]:
+        """Texts, or whatever else the base takes, as /v1/classify is given them.
+
+        Raises:
+            GateError: a text has no token, or too many.
+            InputError: another input cannot be read.
+        """
+        if self.service.base.modality != "text":
+            return await self.service.classifying.inputs.read(given)
+        return [Prompt(self.encoded(text, field)) for field, text in given.items()]
 
     def encoded(self, text: str, field: str) -> list[int]:
         """Token ids of a text as /v1/completions makes them.
@@ -70,7 +84,7 @@ class Labeller:
         return prompt
 
     async def by_head(
-        self, prompts: Sequence[Sequence[int]], samples: int | None = None, seed: int | None = None
+        self, prompts: Sequence[Prompt], samples: int | None = None, seed: int | None = None
     ) -> tuple[list[Predictive], int]:
         """The head's answers, and how many tokens the prefix cache spared.
 
@@ -89,9 +103,7 @@ class Labeller:
         answers = [self.service.heads.ask(Asking(self.head, event.feature, samples, seed)) for event in events]
         return await asyncio.gather(*answers), sum(event.cached_tokens for event in events)
 
-    async def by_tokens(
-        self, labels: tuple[int, ...], prompts: Sequence[Sequence[int]]
-    ) -> tuple[list[list[float]], int]:
+    async def by_tokens(self, labels: tuple[int, ...], prompts: Sequence[Prompt]) -> tuple[list[list[float]], int]:
         """Log-probabilities of tokens as the first one of each answer, and how many tokens the prefix cache spared.
 
         Raises:
@@ -102,7 +114,7 @@ class Labeller:
         found = [[logprob for _, logprob in event.logprobs.top] for event in events if event.logprobs is not None]
         return found, sum(event.cached_tokens for event in events)
 
-    async def _first_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[TokenEvent]:
+    async def _first_tokens(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[TokenEvent]:
         registry, applied, vocabulary = self.service.registry, list[Applied](), None
         if self.lease is not None:
             if isinstance(self.lease.resident.gate, InstanceGate):
@@ -112,7 +124,10 @@ class Labeller:
                 )
             applied.append(await uses.gated(self.lease, None))
             vocabulary = registry.residency.vocabulary(self.lease.slot)
-        questions = [Question(prompt, lambda: uses.renewed(registry, applied), vocabulary) for prompt in prompts]
+        questions = [
+            Question(prompt.tokens, lambda: uses.renewed(registry, applied), vocabulary, prompt.given)
+            for prompt in prompts
+        ]
         scorer, events = self.service.merging.scorer, list[TokenEvent]()
         for at in range(0, len(questions), WAVE):
             events += await scorer.first_tokens(questions[at : at + WAVE], sampling)

@@ -6,7 +6,7 @@ Must not know: lossy forms, HTTP. Plain English of several kinds, written for th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from motet.adapters.errors import UnmeasuredError
@@ -42,3 +42,10 @@ def text_score(scorer: Scorer, loop: asyncio.AbstractEventLoop, tokenizer: Any) 
             raise UnmeasuredError(f"the error of the lossy form cannot be measured: {error}") from error
 
     return score
+
+
+def no_score(_: Callable[[], Lease]) -> Sequence[Sequence[float]]:
+    """Of a base that takes no texts."""
+    raise UnmeasuredError(
+        "the error of a lossy form is measured on texts, and the base model takes images; load the exact form"
+    )

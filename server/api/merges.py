@@ -31,7 +31,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/adapters/{pool:path}/merges")
     async def make(pool: str, body: MergeBody) -> dict[str, Any]:
         service.require_open()
-        return _card(await merging.make(pool, ask_of(body), body.expires_s))
+        return _card(await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s))
 
     @routes.get("/v1/adapters/{pool:path}/merges")
     async def every(pool: str) -> dict[str, Any]:

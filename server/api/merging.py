@@ -11,10 +11,9 @@ Shapes: P members, S examples, C labels, D width of the features.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,9 +23,9 @@ from motet.adapters.gates import merge
 from motet.adapters.gates.pool import PoolGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
+from motet.server.api.inputs import Inputs, Prompt
 from motet.server.api.merged import Ask, Merged
 from motet.server.api.scoring import Question, Scorer
-from motet.server.api.text import Tokenizer
 from motet.server.engine.types import Applied
 
 MARK = "@merge-"
@@ -35,20 +34,6 @@ MOST_MERGES = 256
 """Remembered ones; the class means of 128 labels at a width of 4096 are 2 MiB."""
 WAVE = 64
 """Prompts that one merge has in the engine at a time, so that a large support does not fill the queue for others."""
-DROPPED = 0.1
-"""Share of its tokens that the augmented view of an example loses."""
-
-Encode = Callable[[str], Sequence[int]]
-
-
-def encoder(tokenizer: Tokenizer) -> Encode:
-    """Token ids of a text as /v1/completions makes them; pools have the base's tokenizer."""
-
-    def encode(text: str) -> Sequence[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
-        return ids
-
-    return encode
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +45,7 @@ class Merging:
 
     registry: Registry
     scorer: Scorer
-    encode: Encode
+    inputs: Inputs
     clock: Callable[[], float] = time.time
     _merges: OrderedDict[str, Merged] = field(default_factory=OrderedDict)
     _running: dict[str, asyncio.Task[Merged]] = field(default_factory=dict)
@@ -71,6 +56,7 @@ class Merging:
         Raises:
             AdapterNotFoundError: there is no such adapter.
             GateError: it is no pool, or the ask is impossible.
+            InputError: an example cannot be read.
             ScoringError: an example does not fit the base model, or its step failed.
         """
         ask.check()
@@ -149,22 +135,26 @@ class Merging:
             raise _gone(merged.name)
         return lease
 
-    async def classify(self, merged: Merged, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
+    async def classify(self, merged: Merged, given: Mapping[str, str]) -> tuple[torch.Tensor, int]:
         """[N, C] float32 probabilities of the support's labels, and the number of tokens read.
+
+        Args:
+            given: field of the request → text or image.
 
         Raises:
             AdapterNotFoundError: the pool is not served any more.
             GateError: a text has no token, or more than the base model takes.
+            InputError: an input cannot be read.
             ScoringError: a step failed.
         """
-        prompts = [self._prompt(text, f"input.{place}") for place, text in enumerate(texts)]
+        prompts = await self._prompts(given)
         lease = self.acquire(merged)
         try:
             features_ND = await self._features([self._question(lease, prompt, merged.alpha) for prompt in prompts])
         finally:
             self.registry.release(lease)
         probabilities_NC = merge.classify(features_ND, merged.prototypes_CD, merged.scale, merged.bias)
-        return probabilities_NC, sum(map(len, prompts))
+        return probabilities_NC, sum(len(prompt.tokens) for prompt in prompts)
 
     def _task(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> asyncio.Task[Merged]:
         """The one that makes the merge; it goes on when whoever asked goes away, and so has a lease of its own."""
@@ -176,7 +166,8 @@ class Merging:
     async def _made(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> Merged:
         """Ends the lease."""
         try:
-            prompts = [self._prompt(text, f"support.{place}.text") for place, (text, _) in enumerate(ask.support)]
+            word = self.inputs.modality
+            prompts = await self._prompts({f"support.{at}.{word}": given for at, (given, _) in enumerate(ask.support)})
             numbers = {label: number for number, label in enumerate(ask.labels)}
             labels_S = torch.tensor([numbers[label] for _, label in ask.support])
             scores, alpha = None, None
@@ -198,10 +189,10 @@ class Merging:
         )
 
     async def _scored(
-        self, lease: Lease, gate: PoolGate, ask: Ask, prompts: Sequence[list[int]], labels_S: torch.Tensor
+        self, lease: Lease, gate: PoolGate, ask: Ask, prompts: Sequence[Prompt], labels_S: torch.Tensor
     ) -> merge.Merge:
         """Every member on the whole support, and on its augmented view where there is one."""
-        views = [prompts] if ask.seed is None else [prompts, _augmented(prompts, ask.seed)]
+        views = [prompts] if ask.seed is None else [prompts, await self.inputs.augmented(prompts, ask.seed)]
         questions = [
             self._question(lease, prompt, gate.member(member))
             for member in range(gate.members)
@@ -220,23 +211,16 @@ class Merging:
         waves = [await self.scorer.features(questions[at : at + WAVE]) for at in range(0, len(questions), WAVE)]
         return torch.cat(waves)
 
-    def _prompt(self, text: str, field: str) -> list[int]:
-        prompt, most = list(self.encode(text)), self.scorer.most_tokens
-        if not 1 <= len(prompt) <= most:
-            raise GateError(field, f"{field} has {len(prompt)} tokens; 1 to {most} are possible: shorten it")
-        return prompt
+    async def _prompts(self, given: Mapping[str, str]) -> list[Prompt]:
+        """Of inputs by their field."""
+        prompts, most = await self.inputs.read(given), self.scorer.most_tokens
+        for field_, prompt in zip(given, prompts, strict=True):
+            if not 1 <= (count := len(prompt.tokens)) <= most:
+                raise GateError(field_, f"{field_} has {count} tokens; 1 to {most} are possible: shorten it")
+        return prompts
 
-    def _question(self, lease: Lease, prompt: Sequence[int], gate: tuple[float, ...]) -> Question:
-        return Question(prompt, lambda: (Applied(self.registry.renew(lease), gate),))
-
-
-def _augmented(prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
-    """Each prompt without a tenth of its tokens, at least one kept; a function of the seed and the prompt alone."""
-    views = []
-    for prompt in prompts:
-        chance = random.Random(f"{seed} {prompt}")
-        views.append([token for token in prompt if chance.random() >= DROPPED] or prompt[:1])
-    return views
+    def _question(self, lease: Lease, prompt: Prompt, gate: tuple[float, ...]) -> Question:
+        return Question(prompt.tokens, lambda: (Applied(self.registry.renew(lease), gate),), given=prompt.given)
 
 
 def _gone(name: str) -> AdapterNotFoundError:

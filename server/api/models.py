@@ -32,13 +32,12 @@ def router(service: Service) -> APIRouter:
 
 
 def _base(service: Service) -> dict[str, Any]:
-    base = service.base
-    return _card(base.name, base.created_s, base.name, None, base.max_length)
+    return _card(service, service.base.name, service.base.created_s, None)
 
 
 def _adapter(service: Service, info: AdapterInfo) -> dict[str, Any]:
-    base, version, receipt = service.base, info.version, info.receipt
-    card = _card(version.name, int(info.published_s), version.name, base.name, base.max_length)
+    version, receipt = info.version, info.receipt
+    card = _card(service, version.name, int(info.published_s), service.base.name)
     card["adapter"] = {
         "version": version.digest,
         "method": receipt.method,
@@ -52,13 +51,15 @@ def _adapter(service: Service, info: AdapterInfo) -> dict[str, Any]:
     return card
 
 
-def _card(name: str, created_s: int, root: str, parent: str | None, max_length: int) -> dict[str, Any]:
+def _card(service: Service, name: str, created_s: int, parent: str | None) -> dict[str, Any]:
+    takes = service.base.modality
     return {
         "id": name,
         "object": "model",
         "created": created_s,
         "owned_by": "motet",
-        "root": root,
+        "root": name,
         "parent": parent,
-        "max_model_len": max_length,
+        "max_model_len": service.base.max_length if takes == "text" else None,
+        "input_modalities": [takes],
     }

@@ -64,10 +64,17 @@ class PartBody(Body):
     weight: float
 
 
-class ExampleBody(Body):
-    """One example of a support set."""
+class ImageBody(Body):
+    """An image, as a data URL."""
 
-    text: Annotated[str, StringConstraints(min_length=1)]
+    image: Annotated[str, StringConstraints(min_length=1)]
+
+
+class ExampleBody(Body):
+    """One example of a support set: a text, or an image as a data URL."""
+
+    text: Annotated[str, StringConstraints(min_length=1)] | None = None
+    image: Annotated[str, StringConstraints(min_length=1)] | None = None
     label: Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -99,7 +106,7 @@ class ClassifyBody(Body):
     """POST /v1/classify; `seed` is that of the samples."""
 
     model: str = Field(min_length=1)
-    input: Text | list[Text]
+    input: Text | ImageBody | list[Text | ImageBody]
     uncertainty: bool | UncertaintyBody | None = None
     seed: int | None = None
 

@@ -7,8 +7,8 @@ come with it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,7 @@ from motet.adapters.registry import Check
 from motet.server.api.base_info import BaseInfo
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams
-from motet.server.engine.types import Applied, FinishReason, Sampling, TokenEvent
+from motet.server.engine.types import Applied, FinishReason, GivenInput, Sampling, TokenEvent
 
 SAMPLING = Sampling(max_tokens=1, temperature=0, prompt_logprobs=0)
 FEATURE = Sampling(max_tokens=1, temperature=0, feature=True)
@@ -36,11 +36,13 @@ class Question:
     Attributes:
         applied: gives adapters with leases of their own; the engine ends them.
         vocabulary: of the adapter, where it is not the base's.
+        given: position in the prompt → what stands there instead of the token's embedding.
     """
 
     prompt: Sequence[int]
     applied: Callable[[], Sequence[Applied]]
     vocabulary: int | None = None
+    given: Mapping[int, GivenInput] = field(default_factory=dict)
 
 
 class Scorer:
@@ -66,6 +68,8 @@ class Scorer:
         Raises:
             ScoringError: a prompt does not fit the base model, or its step failed.
         """
+        if self._base.modality != "text":
+            raise ScoringError("the base model takes images: there are no log-probabilities of tokens")
 
         def applied() -> Sequence[Applied]:
             held = lease()
@@ -83,6 +87,14 @@ class Scorer:
             ScoringError: a prompt does not fit the base model, or its step failed.
         """
         return torch.stack([event.feature for event in await self.first_tokens(questions, FEATURE)])
+
+    async def class_logits(self, questions: Sequence[Question]) -> torch.Tensor:
+        """[N, C] float32: what a base that is a classifier says of each prompt.
+
+        Raises:
+            ScoringError: a prompt does not fit the base model, or its step failed.
+        """
+        return torch.stack([event.class_logits for event in await self.first_tokens(questions, FEATURE)])
 
     async def first_tokens(self, questions: Sequence[Question], sampling: Sampling) -> list[TokenEvent]:
         """What the engine says with the first token that it draws for each prompt.
@@ -102,7 +114,7 @@ class Scorer:
         number = {generation: index for index, generation in enumerate(stream.generations)}
         try:
             for generation, question in zip(stream.generations, questions, strict=True):
-                self._engine.submit(generation, question.prompt, sampling, question.applied())
+                self._engine.submit(generation, question.prompt, sampling, question.applied(), question.given)
             async for event in stream:
                 if event.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
                     raise ScoringError(event.error or "the server is stopping; try again when it runs")

@@ -19,6 +19,7 @@ from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.server.api import merge_asks, uses
 from motet.server.api.base_info import BaseInfo
+from motet.server.api.classifying import Classifying
 from motet.server.api.errors import ApiError
 from motet.server.api.heads import Heads
 from motet.server.api.merged import Merged
@@ -49,6 +50,7 @@ class Service:
     """The running server.
 
     Attributes:
+        tokenizer: None where the base takes no texts.
         adapter_roots: where adapters may be loaded from at run time.
         max_waiting: generations that may wait; more are answered 429.
         ready: the base is loaded and warm.
@@ -56,11 +58,12 @@ class Service:
     """
 
     base: BaseInfo
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     registry: Registry
     engine: Engine
     streams: Streams
     merging: Merging
+    classifying: Classifying
     metrics: Metrics
     keys: Keys
     adapter_roots: Sequence[Path]
@@ -99,6 +102,7 @@ class Service:
             GateError: the request's gate or mixture is not possible.
         """
         self.require_open()
+        self.require_texts()
         applied = await self._applied(body)
         try:
             yield await self._voice(applied, body)
@@ -143,6 +147,7 @@ class Service:
             raise _unknown(merged.name) from error
 
     async def _voice(self, applied: list[Applied], body: GenerationBody) -> Voice:
+        assert self.tokenizer is not None
         if not applied:
             return Voice((), "the base model", self.tokenizer, self.base.vocabulary, self.base.end_tokens)
         first = uses.held(applied[0])
@@ -178,6 +183,17 @@ class Service:
                 f"{self.engine.state.waiting} requests wait already (limit {self.max_waiting}); try again later",
                 code="queue_full",
                 retry_after_s=1,
+            )
+
+    def require_texts(self) -> None:
+        """Refuse what only a base of texts can do."""
+        if self.base.modality != "text":
+            raise ApiError(
+                400,
+                f"the base model {self.base.name!r} takes images and generates no text; POST /v1/classify, or merge a "
+                "pool with POST /v1/adapters/{pool}/merges",
+                code="modality_refused",
+                param="model",
             )
 
     def require_inference_key(self, authorization: str | None) -> None:

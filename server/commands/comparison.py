@@ -27,7 +27,8 @@ from motet.server.api.scoring import Scorer, ScoringError
 from motet.server.commands.client import base_of, call, lowered_of
 from motet.server.commands.prompts import tokens_of
 from motet.server.commands.reference import DenseReference, base_fingerprint
-from motet.server.config import ServeConfig
+from motet.server.config import OptionError, ServeConfig
+from motet.server.model.loader import LoadedModel
 
 Report = Callable[[str], None]
 Logprobs = list[list[float]]
@@ -92,6 +93,8 @@ def _of_folder(
 ) -> Comparison:
     assembled = serving.assemble(config, report)
     loaded = assembled.loaded
+    if not isinstance(loaded, LoadedModel):
+        raise OptionError(f"{loaded.name!r} takes images: there are no log-probabilities of tokens to compare")
     prompts = tokens_of(lambda text: loaded.tokenizer(text)["input_ids"], texts, file)
 
     async def served() -> tuple[str, Lowered, Logprobs, Logprobs]:

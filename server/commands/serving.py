@@ -82,14 +82,16 @@ def _summary(config: ServeConfig, assembled: Any) -> None:
         ("model", f"{loaded.name}  {len(loaded.base.targets)} targets, {loaded.parameter_bytes / 2**20:,.0f} MiB"),
         ("dtype", str(loaded.dtype).removeprefix("torch.")),
         ("device", str(loaded.device)),
-        ("KV blocks", f"{assembled.blocks:,} of {config.block_size} positions"),
+        assembled.steps.summary,
         ("adapters", ", ".join(names) or "none"),
         ("address", address),
     )
     console.print(facts(rows))
     console.print("[bold green]ready[/bold green]  try:")
-    body = json.dumps(
-        {"model": names[0] if names else loaded.name, "messages": [{"role": "user", "content": "Hello!"}]}
-    )
-    command = f"curl {address}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    path = "chat/completions"
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]}
+    if assembled.steps.info.modality == "image":
+        path, asked = "classify", {"input": "data:image/png;base64,…"}
+    body = json.dumps({"model": names[0] if names else loaded.name, **asked}, ensure_ascii=False)
+    command = f"curl {address}/v1/{path} -H 'content-type: application/json' -d '{body}'"
     console.print(command, soft_wrap=True, markup=False)

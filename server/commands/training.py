@@ -114,6 +114,10 @@ def train(
     from motet.adapters.recipes import run, scorecard
 
     recipe = RECIPES[method]
+    if n_rows and recipe.episodes:
+        raise click.BadParameter(
+            f"{method} makes no answers: its members tell texts apart by examples; drop it", param_hint="--score"
+        )
     order = run.Order(
         method=method,
         task=task,
@@ -135,8 +139,10 @@ def train(
         running = run.Run(order, base, data, out, resume=resume, keep_every=checkpoint_every)
         _follow(running, running.loop.done, order.steps)
         track, trainee = _tracked("the adapter answers"), running.trainee
-        taught = trainee.model, base.tokenizer
-        results = [exam.taken_by(*taught, track, told=False, for_users=trainee.for_users) for exam in exams]
+        taught = trainee.model, base.tokenizer, track
+        results = [
+            exam.taken_by(*taught, told=False, for_users=trainee.for_users, classify=trainee.classify) for exam in exams
+        ]
         if exams:
             scorecard.write(out, order, exams, base_results, results)
     losses = running.loop.losses

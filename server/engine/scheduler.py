@@ -143,6 +143,7 @@ class Scheduler:
                     finish,
                     generation.cached_tokens or 0,
                     result.feature,
+                    class_logits=result.class_logits,
                 )
             )
             if finish is not None:

@@ -222,6 +222,7 @@ class SpanResult:
         prompt_logprobs: one entry per prompt target.
         error: why the span has no result; its generation ends.
         feature: [D] what the head read at the last row, where asked for.
+        class_logits: [C] with the feature, of a base that is a classifier.
     """
 
     token: int | None
@@ -229,6 +230,7 @@ class SpanResult:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
     feature: Any = None
+    class_logits: Any = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,7 +239,7 @@ class TokenEvent:
 
     Attributes:
         token: drawn token; None when only the prompt advanced or the generation ended without one.
-        feature: with the first token, where asked for.
+        feature, class_logits: with the first token, where asked for.
         cached_tokens: prompt tokens the prefix cache spared.
     """
 
@@ -249,6 +251,7 @@ class TokenEvent:
     cached_tokens: int = 0
     feature: Any = None
     error: str | None = None
+    class_logits: Any = None
 
 
 class Runner(Protocol):

@@ -35,14 +35,14 @@ class Linear(Protocol):
 
 
 def targets_of(
-    linears: Mapping[str, Linear], embedding: tuple[str, nn.Embedding] | None, head: str
+    linears: Mapping[str, Linear], embedding: tuple[str, nn.Embedding] | None, head: str | None
 ) -> tuple[dict[str, Target], dict[str, str]]:
     """The targets of a model, and why its output head and embedding are none where they are not.
 
     Args:
         linears: path → module, the head too.
         embedding: path and module of the input embedding; None where it does more than look up.
-        head: path of the output head.
+        head: path of the output head; None where none is a target.
 
     Returns:
         Targets by path, in the order of their index: linears, embedding, head. Path of what is no target → the reason.
@@ -53,7 +53,7 @@ def targets_of(
     if embedding is not None:
         path, module = embedding
         ends.append((path, Kind.EMBEDDING, (module.num_embeddings, module.embedding_dim, False)))
-    if head in shapes:
+    if head is not None and head in shapes:
         ends.append((head, Kind.HEAD, shapes[head]))
     unit = math.gcd(*(width for target in body.values() for width in (target.in_width, target.out_width)))
     with_ends = math.gcd(unit, *(width for _, _, (*widths, _) in ends for width in widths))

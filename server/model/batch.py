@@ -67,14 +67,23 @@ class EffectsBuilder:
     """
 
     def __init__(
-        self, residency: Residency, targets: Sequence[Target], backend: Backend, *, embedding: str, head: str
+        self,
+        residency: Residency,
+        targets: Sequence[Target],
+        backend: Backend,
+        *,
+        embedding: str | None,
+        head: str | None,
+        rows_of_position: int = 1,
     ) -> None:
         """Nothing is built yet.
 
         Args:
             targets: all of the base, in the order of their index.
-            embedding, head: paths of the modules; they need not be targets.
+            embedding, head: paths of the modules; they need not be targets. None where there are none.
+            rows_of_position: of a prompt; a text's token is one row, an image at one position is many.
         """
+        self._rows_of_position = rows_of_position
         self._residency = residency
         self._backend = backend
         self._embedding, self._head = embedding, head
@@ -84,7 +93,7 @@ class EffectsBuilder:
 
     def build(self, spans: Sequence[Span]) -> StepChanges:
         """Effects for the rows of these spans."""
-        layers, rows = _layers([(span, len(span.tokens)) for span in spans])
+        layers, rows = _layers([(span, len(span.tokens) * self._rows_of_position) for span in spans])
         if not layers:
             return StepChanges()
         key = (layers, rows, self._residency.epoch)
@@ -96,6 +105,11 @@ class EffectsBuilder:
         if not any(self._head in self._residency.touched(run.slot) for runs in layers for run in runs):
             return changes
         return replace(changes, head=self._build_head(spans))
+
+    def position_overlays(self, spans: Sequence[Span]) -> OverlayPlan | None:
+        """Replacements for modules whose rows are the positions, not what a position is made of."""
+        layers, _ = _layers([(span, len(span.tokens)) for span in spans])
+        return self._overlays(layers[0]) if layers else None
 
     def _build_head(self, spans: Sequence[Span]) -> StepEffects | None:
         layers, rows = _layers([(span, logit_rows(span)) for span in spans])

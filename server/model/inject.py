@@ -8,7 +8,7 @@ Shapes: T rows, I/O a target's in/out widths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,17 +120,22 @@ class AdaptedHead(AdaptedLinear):
         return y_TN.view(*x.shape[:-1], self.out_features + more)
 
 
-def inject(model: nn.Module, step: ActiveStep, head: str, head_step: ActiveStep) -> dict[str, AdaptedLinear]:
+def inject(
+    model: nn.Module, step: ActiveStep, head: str | None, head_step: ActiveStep, left_out: Collection[str] = ()
+) -> dict[str, AdaptedLinear]:
     """Replace every linear of the model.
 
     Args:
-        head: path of the output head; it is the only target of its own step.
+        head: path of the output head; it is the only target of its own step. None where there is none.
+        left_out: paths of linears that stay as they are.
 
     Returns:
         Module path → its replacement, in the order of `named_modules`, the head last where it is a linear. The position
         is the index in the plans of its step; the head's is 0.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {
+        name: module for name, module in model.named_modules() if type(module) is nn.Linear and name not in left_out
+    }
     order = sorted(linears, key=lambda name: name == head)
     adapted: dict[str, AdaptedLinear] = {}
     for index, name in enumerate(order):

@@ -93,7 +93,7 @@ def measure(folder: Path, dtype: str, forms: Sequence[str]) -> tuple[str, list[R
 
     registry = asyncio.run(loaded())
     torch.set_num_threads(1)
-    steps = _decode_ms(assembled.runner, registry, [None, *forms], config.block_size)
+    steps = _decode_ms(assembled.steps.runner, registry, [None, *forms], config.block_size)
     results = [Result("base", 0, 0, 0, 0, {}, steps[None])]
     for form in forms:
         receipt = registry.get(form).receipt

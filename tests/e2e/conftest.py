@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from motet.server.model.default_model import ensure_default_model
-from tests.e2e import gated as gated_servers, headed as headed_servers
+from tests.e2e import gated as gated_servers, headed as headed_servers, vision as vision_server
 from tests.e2e.gated import Gated
 from tests.e2e.headed import Headed
 from tests.e2e.process import ADMIN_KEY, Server
@@ -125,6 +125,12 @@ def gated(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_token
 def headed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_tokenizer: Any) -> Iterator[Headed]:
     """The random Llama, "tiny", with adapters that have output heads."""
     yield from headed_servers.serving(tmp_path_factory.mktemp("headed"), tiny_model, tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vision_server.Vision]:
+    """A tiny vision transformer, "vit", with adapters and a pool."""
+    yield from vision_server.serving(tmp_path_factory.mktemp("vision"))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from motet.adapters.methods import lower
 from motet.adapters.source import read
 from motet.server.model.default_model import ensure_default_model
 from tests.support.bases import base_of
-from tests.support.harness import GREEDY, Generated, Harness
+from tests.support.harness import GREEDY, Generated, Harness, Using
 from tests.support.tolerances import TOLERANCES
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
@@ -40,6 +40,11 @@ QUESTIONS = (
     "Is confectioners' sugar the same as powdered sugar?",
 )
 INITIAL = "corda_init"
+ALPHA = (0.1, 0.2, 0.3, 0.4)
+"""Weights of a pool's members: every one counts, and none as another."""
+USING: dict[str | None, Using] = {
+    name: ((name, ALPHA),) if name is not None and CONFIGS[name]["peft_type"] == "AMT" else name for name in NAMES
+}
 TOKENS = 12
 
 
@@ -69,6 +74,8 @@ def _oracle(model_folder: Path, name: str | None, dtype: torch.dtype) -> Any:
         return _with_selection(model, folder)
     if CONFIGS[name]["peft_type"] == "EMTAL":
         return _in_clusters(model, folder)
+    if CONFIGS[name]["peft_type"] == "AMT":
+        return _mixed(model, folder, CONFIGS[name])
     config = PeftConfig.from_pretrained(str(folder))
     if "adapter_name" in CONFIGS[name]:
         return _with_theta(model, folder, CONFIGS[name])
@@ -88,6 +95,24 @@ def _take_out(model: Any, initial: Path) -> None:
     for path, (a_RI, b_OR, _) in _factors(initial).items():
         weight_OI = model.get_submodule(path).weight
         weight_OI.copy_(weight_OI.double() - scale * (b_OR @ a_RI))
+
+
+@torch.no_grad()
+def _mixed(model: Any, folder: Path, config: Mapping[str, Any]) -> Any:
+    """AMT: W - s·B0 A0 and the members' mean by ALPHA, merged."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]
+    for key in tensors:
+        if not key.endswith(".lora_A.initial.weight"):
+            continue
+        stem = key.removesuffix("A.initial.weight")
+        weight_OI = model.get_submodule(stem.removeprefix("base_model.model.").removesuffix(".lora_")).weight
+        merged_OI = weight_OI.double()
+        for label, share in (("initial", -1.0), *zip("0123", ALPHA, strict=True)):
+            a_RI, b_OR = tensors[f"{stem}A.{label}.weight"].double(), tensors[f"{stem}B.{label}.weight"].double()
+            merged_OI += share * scale * (b_OR @ a_RI)
+        weight_OI.copy_(merged_OI)
+    return model
 
 
 @torch.no_grad()
@@ -190,7 +215,7 @@ def _run(model_folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> di
     for name, folder in FOLDERS.items():
         harness.load(name, folder)
     sampling = replace(GREEDY, max_tokens=TOKENS, stop_token_ids=harness.loaded.end_tokens)
-    made = harness.run([(prompt, name) for name in NAMES for prompt in prompts], sampling)
+    made = harness.run([(prompt, USING[name]) for name in NAMES for prompt in prompts], sampling)
     return {name: made[i * len(prompts) : (i + 1) * len(prompts)] for i, name in enumerate(NAMES)}
 
 

@@ -228,3 +228,46 @@ def test_the_memory_table_is_the_committed_result() -> None:
 
 def test_the_sparse_table_is_the_committed_result() -> None:
     assert sparse_table(results("sparse-cpu.jsonl")) in PAGE.read_text()
+
+
+def uncertainty_table(lines: list[dict[str, Any]]) -> str:
+    """Every way of answering a set, mean ± standard deviation of its seeds."""
+    table = [
+        "| set, way | passes | accuracy | ECE | NLL | Brier | told from the other two sets by total doubt "
+        "| by epistemic doubt | processor ms a question: last layers, head |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        ways: dict[str, list[dict[str, Any]]] = {}
+        for found in line["results"]:
+            ways.setdefault(found["way"], []).append(found)
+        members = [found["passes_cpu_ms"] for found in ways["LoRA, plain head"]]
+        for way, seeds in ways.items():
+            scores = (
+                spread([seed[name] for seed in seeds]) for name in ("accuracy", "calibration_error", "nll", "brier")
+            )
+            doubts = (
+                ", ".join(
+                    spread([seed["auroc"][other][kind] for seed in seeds]) for other in line["arguments"]["others"]
+                )
+                for kind in ("total", "epistemic")
+            )
+            passes_ms = fmean(seed.get("passes_cpu_ms", sum(members)) for seed in seeds)
+            head_ms = f", {fmean(seed['head_cpu_ms'] for seed in seeds):.1f}" if "head_cpu_ms" in seeds[0] else ""
+            cells = (f"{line['label']}, {way}", f"{seeds[0]['passes']}", *scores, *doubts, f"{passes_ms:.0f}{head_ms}")
+            table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean ± standard deviation of several seeds; one value as it is, and nothing where there is none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{fmean(known):.3f}" + (f" ± {stdev(known):.3f}" if len(known) > 1 else "")
+
+
+def test_the_uncertainty_table_is_the_committed_result() -> None:
+    lines = results("uncertainty-cpu.jsonl")
+    assert len(lines) == 3
+    assert uncertainty_table(lines) in PAGE.read_text()

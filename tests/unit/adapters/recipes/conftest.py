@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from motet.adapters.recipes import headed
 from motet.adapters.recipes.readers import word_facts
 from motet.adapters.recipes.run import Base, Order
+from motet.adapters.recipes.starts import STARTS
 from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS, Task
 from tests.support.ilora_modules import SasrecModule, look_trained
@@ -21,6 +23,8 @@ from tests.support.tokenizer import byte_tokenizer
 
 SIDES, PARTS = "sides", "parts"
 """Tasks of the fixture below."""
+HEADED = tuple(method for method, start in STARTS.items() if getattr(start, "func", None) is headed.start)
+"""They learn a task with a list of answers: test_headed.py."""
 COLORS = "red green blue black white brown grey pink gold navy teal plum".split()
 
 
@@ -51,6 +55,10 @@ def listener_row(first: int, length: int) -> dict[str, Any]:
     return {"seq": seq, "len_seq": max(length, 1), "next": items[length]}
 
 
+def subject_row(subject: str, n: int) -> dict[str, Any]:
+    return {"subject": subject, "question": f"Which {subject} is number {n}?", "choices": list("abcd"), "answer": 0}
+
+
 def write_listeners(data: Path) -> None:
     """Histories of every length, names, and a SASRec that tells them apart."""
     for split, first in (("train", 0), ("test", 5)):
@@ -75,6 +83,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(folder, f"text/wikisql.{split}", (wikisql_row(c, n + first) for n in range(3) for c in COLORS))
         write_rows(folder, f"qa/boolq.{split}", (boolq_row(n + first) for n in range(12)))
         write_rows(folder, f"qa/ARC-Easy.{split}", (arc_row(c, 1 + i % 3) for i, c in enumerate(COLORS)))
+    write_rows(folder, "qa/mmlu.test", (subject_row(c, n) for c in COLORS for n in range(10)))
     write_listeners(folder)
     return folder
 
@@ -96,13 +105,13 @@ def order() -> Callable[..., Order]:
     def make(method: str = "lora", **changes: Any) -> Order:
         adapted = bool(RECIPES[method].targets)
         defaults: dict[str, Any] = {
-            "task": "lastfm" if method in ("ilora", "llara") else "wikisql",
+            "task": {"ilora": "lastfm", "llara": "lastfm", "amt": "subjects"}.get(method, "wikisql"),
             "rank": (4 if method == "ilora" else 3) if adapted else 0,
             "alpha": 6 if adapted else 0,
             "targets": ("q_proj", "v_proj") if adapted else (),
             "steps": 6,
             "learning_rate": 1e-2,
-            "batch": 4,
+            "batch": 30 if method == "amt" else 4,
             "seed": 0,
             "threads": 1,
         }

@@ -123,6 +123,22 @@ def test_a_gate_of_users_is_trained_and_scored(train: Train, tmp_path: Path, mod
     assert "iLoRA folder, stored batch-norm statistics" in shown.output.replace("\n", " ")
 
 
+def test_a_pool_is_trained_on_episodes(train: Train, tmp_path: Path, model: Path) -> None:
+    result = train("amt", "--task", "subjects", "--batch", "30", "--targets", "q_proj,down_proj")
+    assert result.exit_code == 0, result.output
+    assert "loss" in result.output
+    shown = CliRunner().invoke(cli, ["adapters", "inspect", str(tmp_path / "out"), "--model", str(model)])
+    assert shown.exit_code == 0, shown.output
+    assert "pool of 4 members, centred on their start" in shown.output.replace("\n", " ")
+
+
+def test_scores_of_a_pool_are_refused_before_anything_is_loaded(train: Train) -> None:
+    result = train("amt", "--task", "subjects", "--score", "2")
+    assert result.exit_code == 2
+    assert "--score: amt makes no answers" in " ".join(result.output.split())
+    assert "loading" not in result.output
+
+
 def test_several_tasks_are_learnt_at_once_and_scored_apart(train: Train, tmp_path: Path) -> None:
     result = train("emtal", "--task", "wikisql+boolq", "--targets", "q_proj", "--score", "2")
     assert result.exit_code == 0, result.output

@@ -27,6 +27,7 @@ from motet.adapters.spec import Declared
 from tests.bench.claims_measures import effective_weights
 from tests.support.bases import base_of
 from tests.support.tolerances import TOLERANCES
+from tests.unit.adapters.recipes.conftest import HEADED
 
 IDS = torch.tensor([[5, 17, 4, 101, 33, 9, 250, 7]])
 LOGITS = TOLERANCES["logits", torch.float32]
@@ -36,7 +37,9 @@ OWN_CONFIG = ("s2ft", "emtal")
 """Not a LoraConfig: test_s2ft.py, test_emtal.py."""
 OF_USERS = ("llara", "ilora")
 """Their models run for users only: test_ilora.py."""
-METHODS = [method for method in RECIPES if method not in OF_USERS]
+OF_EPISODES = "amt"
+"""It learns from labelled texts, and saves a pool: test_amt.py."""
+METHODS = [method for method in RECIPES if method not in (*OF_USERS, *HEADED, OF_EPISODES)]
 ADAPTERS = [method for method in METHODS if RECIPES[method].targets]
 """The others save a whole model: test_lisa.py."""
 
@@ -98,7 +101,7 @@ def test_every_recipe_has_a_start() -> None:
 def test_differences_of_pairs_are_saved_in_full() -> None:
     """In bfloat16, B A - B0 A0 would be mostly rounding."""
     full = {method for method, recipe in RECIPES.items() if recipe.saved_dtype == "float32"}
-    assert full == {"pissa", "olora", "corda-ipm", "corda-kpm"}
+    assert full == {"pissa", "olora", "corda-ipm", "corda-kpm", "amt", *HEADED}, "heads learn on the states as they are"
 
 
 @pytest.mark.parametrize("method", METHODS)

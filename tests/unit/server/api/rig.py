@@ -18,7 +18,9 @@ from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion
 from motet.server.api.app import create_app
 from motet.server.api.base_info import BaseInfo
-from motet.server.api.merging import Merging, encoder
+from motet.server.api.classifying import Classifying
+from motet.server.api.inputs import TextInputs
+from motet.server.api.merging import Merging
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Keys, Service
 from motet.server.engine.blocks import BlockPool
@@ -101,7 +103,8 @@ class Running:
             registry=self.registry,
             engine=engine,
             streams=streams,
-            merging=Merging(self.registry, self.scorer, encoder(TOKENIZER)),
+            merging=Merging(self.registry, self.scorer, TextInputs(TOKENIZER)),
+            classifying=Classifying(info, self.registry, self.scorer, TextInputs(TOKENIZER)),
             metrics=Metrics(lambda: engine.state, lambda: (0, 0), list),
             keys=Keys(admin=(ADMIN_KEY,)),
             adapter_roots=[adapter.parent],

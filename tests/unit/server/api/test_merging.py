@@ -200,7 +200,7 @@ def test_a_replaced_pool_takes_its_merges_along(during: Any, root: Path) -> None
         with pytest.raises(AdapterNotFoundError):
             rig.merging.acquire(merged)
         with pytest.raises(AdapterNotFoundError):
-            await rig.merging.classify(merged, ["a"])
+            await rig.merging.classify(merged, {"input.0": "a"})
         assert rig.merging.find(merged.name) is None
         again = await rig.merging.make("pool", Ask(SUPPORT, weights="uniform"), 600)
         assert again.name != merged.name
@@ -233,8 +233,10 @@ def test_a_large_support_comes_in_waves(during: Any) -> None:
         sizes = [len(wave) for wave in rig.scorer.waves]
         assert max(sizes) == WAVE
         assert sum(sizes) == 5 * len(support)
-        alone = [await rig.merging.classify(merged, [text]) for text, _ in support]
-        together_SC, tokens = await rig.merging.classify(merged, [text for text, _ in support])
+        alone = [await rig.merging.classify(merged, {"input.0": text}) for text, _ in support]
+        together_SC, tokens = await rig.merging.classify(
+            merged, {str(at): text for at, (text, _) in enumerate(support)}
+        )
         SERVED.assert_close(torch.cat([one_1C for one_1C, _ in alone]), together_SC)
         assert tokens == sum(count for _, count in alone)
 
