@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from motet.adapters.gates.build import Gate
 from motet.adapters.residency import Residency
 from motet.adapters.tokens import OwnTokenizer
+from motet.adapters.trimming import Trimmed
 from motet.adapters.version import AdapterVersion, Slot
 
 
@@ -22,6 +23,7 @@ class Resident:
         own: its own tokenizer; None where it has the base's.
         gate: what a request must find factors by; None where rank rows have none.
         unmixable: why it cannot be a part of a mixture; None where it can.
+        trimmed: what trimming took of it; None where its weights are whole.
         leases, retired: changed by `Leases` alone.
     """
 
@@ -30,6 +32,7 @@ class Resident:
     own: OwnTokenizer | None = None
     gate: Gate | None = None
     unmixable: str | None = None
+    trimmed: Trimmed | None = None
     leases: int = 0
     retired: bool = False
 

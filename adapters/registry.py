@@ -129,7 +129,7 @@ class Registry:
         vouched = golden.read(folder, lowering.lowered.vocabulary) if self._check else None
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
-            slot = self.residency.place_beside(lowering.exact.lowered)
+            slot = self.derived.place_beside(lowering.exact.lowered)
             exact = Resident(AdapterVersion(name, lowering.exact.digest), slot)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's

@@ -24,6 +24,7 @@ class Voice:
         end_tokens: end a generation unless ignored.
         placeholders: places in prompts where items may stand; None where they may not.
         items: item ids by the names of the request's fields.
+        merge: id of the merge that the request brought along.
     """
 
     applied: Sequence[Applied]
@@ -33,6 +34,7 @@ class Voice:
     end_tokens: frozenset[int]
     placeholders: Placeholders | None = None
     items: Mapping[str, Sequence[int] | None] = field(default_factory=dict)
+    merge: str | None = None
 
     @property
     def prompt_vocabulary(self) -> int:

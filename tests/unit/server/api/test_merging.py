@@ -198,7 +198,7 @@ def test_a_replaced_pool_takes_its_merges_along(during: Any, root: Path) -> None
         merged = await rig.merging.make("pool", Ask(SUPPORT, weights="uniform"), 600)
         registry.load("pool", root / "equal", replace=True)
         with pytest.raises(AdapterNotFoundError):
-            rig.merging.acquire(merged)
+            await rig.merging.applied(merged)
         with pytest.raises(AdapterNotFoundError):
             await rig.merging.classify(merged, ["a"])
         assert rig.merging.find(merged.name) is None
@@ -221,7 +221,7 @@ def test_a_pool_replaced_while_it_is_merged(during: Any, root: Path) -> None:
         rig.service.registry.load("pool", root / "unmoved", replace=True)
         merged = await making
         with pytest.raises(AdapterNotFoundError):
-            rig.merging.acquire(merged)
+            await rig.merging.applied(merged)
 
     during(scenario)
 
