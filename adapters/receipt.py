@@ -16,6 +16,7 @@ from motet.adapters.approximate import Remaining, remaining
 from motet.adapters.base import BaseModel, Kind
 from motet.adapters.dense import merge
 from motet.adapters.effects import ColumnSparse, Lowered, TargetEffects
+from motet.adapters.gates.fixed import fixed, uniform
 from motet.adapters.lowering import Lowering
 from motet.adapters.version import Digest
 
@@ -78,6 +79,7 @@ class Receipt:
         relative_norms: target, or replaced parameter → ‖ΔW‖/‖W‖ (Frobenius).
         resident_bytes: what it takes in the serving dtype.
         error: of a lossy form that was asked for.
+        gate: the factors that the norms were measured at, all alike; None where the adapter has no gate.
     """
 
     digest: Digest
@@ -91,6 +93,7 @@ class Receipt:
     relative_norms: dict[str, float]
     resident_bytes: int
     error: LossyError | None = None
+    gate: tuple[float, ...] | None = None
 
     def measured(self, exact: Sequence[Sequence[float]], lossy: Sequence[Sequence[float]]) -> Receipt:
         """With the difference of log-probabilities, text by text, token by token."""
@@ -103,6 +106,7 @@ def receipt(lowering: Lowering, base: BaseModel, bytes_needed: Callable[[Lowered
     lowered, error = lowering.lowered, None
     if lowering.exact is not None:
         error = LossyError(lowering.form, remaining(lowering.exact.lowered, lowered, base))
+    gate = None if lowered.gate is None else uniform(lowered.gate)
     ranks = [effects.low_rank.rank for effects in lowered.effects.values() if effects.low_rank]
     return Receipt(
         digest=lowering.digest,
@@ -116,12 +120,13 @@ def receipt(lowering: Lowering, base: BaseModel, bytes_needed: Callable[[Lowered
         relative_norms={
             **{
                 name: relative_norm(effects, name, base, lowered.overlays.get(f"{name}.weight"))
-                for name, effects in lowered.effects.items()
+                for name, effects in fixed(lowered, gate).effects.items()
             },
             **{path: _replaced(values, base.parameter(path)) for path, values in lowered.overlays.items()},
         },
         resident_bytes=bytes_needed(lowered),
         error=error,
+        gate=gate,
     )
 
 

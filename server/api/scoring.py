@@ -55,13 +55,18 @@ class Scorer:
         return self._base.max_length - 1
 
     async def logprobs(
-        self, prompts: Sequence[Sequence[int]], lease: Callable[[], Lease | None], vocabulary: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        lease: Callable[[], Lease | None],
+        vocabulary: int | None = None,
+        gate: tuple[float, ...] | None = None,
     ) -> list[list[float]]:
         """Natural log-probabilities of each prompt's tokens from the second on.
 
         Args:
             vocabulary: of the adapter, where it is not the base's.
             lease: gives a lease of its own to every prompt; the engine ends it. None is the base model.
+            gate: factors of a gated adapter.
 
         Raises:
             ScoringError: a prompt does not fit the base model, or its step failed.
@@ -69,7 +74,7 @@ class Scorer:
 
         def applied() -> Sequence[Applied]:
             held = lease()
-            return () if held is None else (Applied(held),)
+            return () if held is None else (Applied(held, gate),)
 
         found: list[list[float]] = [[] for _ in prompts]
         async for index, event in self._events([Question(prompt, applied, vocabulary) for prompt in prompts], SAMPLING):
@@ -124,7 +129,7 @@ def golden_check(scorer: Scorer, loop: asyncio.AbstractEventLoop) -> Check:
     """The check for a registry whose loads run in other threads than the loop's."""
 
     def check(golden: Golden, lease: Callable[[], Lease]) -> None:
-        work = scorer.logprobs([prompt.tokens for prompt in golden.prompts], lease, golden.vocabulary)
+        work = scorer.logprobs([prompt.tokens for prompt in golden.prompts], lease, golden.vocabulary, golden.gate)
         try:
             served = asyncio.run_coroutine_threadsafe(work, loop).result()
         except ScoringError as error:

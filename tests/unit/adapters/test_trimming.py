@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 from motet.adapters import trimming
+from motet.adapters.base import Target
 from motet.adapters.errors import GateError
-from tests.support.bases import residency_of
+from tests.support.bases import base_of_names, residency_of
 from tests.support.layouts_amt import PoolLayout, amt
 from tests.support.tolerances import TOLERANCES
 from tests.unit.adapters.conftest import Bench
@@ -52,12 +54,11 @@ def test_the_outline_takes_what_the_weights_take(llama: Bench, pool: PoolLayout)
     assert needed(trimming.outline(pool.members, llama.base)) == needed(lowered) > 0
 
 
-def test_a_share_that_floating_point_puts_below_a_whole_number(llama: Bench) -> None:
+def test_a_share_that_floating_point_puts_below_a_whole_number() -> None:
     """0.29 · 100 is 28.999999999999996."""
-    target = "model.layers.0.self_attn.q_proj"
-    width = llama.base.targets[target].in_width
-    for rank in range(1, width + 1):
-        assert trimming.ranks([target], rank / width, llama.base) == {target: rank}
+    base = replace(base_of_names(["q"]), targets={"q": Target(0, "q", 100, 200, has_bias=False)})
+    for rank in range(1, 101):
+        assert trimming.ranks(["q"], rank / 100, base) == {"q": rank}
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan"), 1e-3])
