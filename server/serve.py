@@ -271,7 +271,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         registry=registry,
         engine=engine,
         streams=streams,
-        merging=Merging(registry, scorer, encoder(loaded.tokenizer)),
+        merging=Merging(registry, scorer, encoder(loaded.tokenizer), in_flight=2 * assembled.limits.generations),
         metrics=Metrics(
             engine_state=lambda: engine.state,
             adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),

@@ -11,6 +11,7 @@ Shapes: P members, S examples, C labels, D width of the features.
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 from collections import OrderedDict
@@ -35,8 +36,9 @@ MARK = "@merge-"
 """Between a pool's name and the digest in the name of a merge."""
 MOST_MERGES = 256
 """Remembered ones; the class means of 128 labels at a width of 4096 are 2 MiB."""
-WAVE = 64
-"""Prompts that one merge has in the engine at a time, so that a large support does not fill the queue for others."""
+IN_FLIGHT = 128
+"""Prompts that one merge has in the engine at a time: twice what runs at once, so that steps are full and the queue is
+not filled for others."""
 DROPPED = 0.1
 """Share of its tokens that the augmented view of an example loses."""
 
@@ -64,6 +66,7 @@ class Merging:
     scorer: Scorer
     encode: Encode
     clock: Callable[[], float] = time.time
+    in_flight: int = IN_FLIGHT
     _merges: OrderedDict[str, Merged] = field(default_factory=OrderedDict)
     _running: dict[str, asyncio.Task[Merged]] = field(default_factory=dict)
     _trims: Trims = field(init=False)
@@ -180,8 +183,13 @@ class Merging:
         """The one that makes the merge; it goes on when whoever asked goes away, and so has a lease of its own."""
         if name not in self._running:
             self._running[name] = asyncio.create_task(self._made(name, self.registry.renew(lease), gate, ask))
-            self._running[name].add_done_callback(lambda _: self._running.pop(name))
+            self._running[name].add_done_callback(functools.partial(self._ended, name))
         return self._running[name]
+
+    def _ended(self, name: str, task: asyncio.Task[Merged]) -> None:
+        del self._running[name]
+        if not task.cancelled():
+            task.exception()  # asyncio complains of one that nobody looked at, as when whoever asked went away
 
     async def _made(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> Merged:
         """Ends the lease."""
@@ -251,9 +259,21 @@ class Merging:
             self.registry.release(uses.held(applied))
 
     async def _features(self, questions: Sequence[Question]) -> torch.Tensor:
-        """[N, D] float32."""
-        waves = [await self.scorer.features(questions[at : at + WAVE]) for at in range(0, len(questions), WAVE)]
-        return torch.cat(waves)
+        """[N, D] float32; one follows as soon as one is done."""
+        found: list[torch.Tensor] = [torch.empty(0)] * len(questions)
+        waiting = iter(enumerate(questions))
+
+        async def work() -> None:
+            for place, question in waiting:
+                (found[place],) = await self.scorer.features([question])
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.in_flight, len(questions))):
+                    group.create_task(work())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+        return torch.stack(found)
 
     def _prompt(self, text: str, field: str) -> list[int]:
         prompt, most = list(self.encode(text)), self.scorer.most_tokens

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, and features of prompts, computed like any request's; and the golden checks.
 
-Must not know: HTTP, text. The engine is asked for one token that nobody looks at; the prompt's own log-probabilities
-come with it.
+Must not know: HTTP, text. For log-probabilities the engine is asked for one token that nobody looks at: those of the
+prompt come with it. For features it is asked for none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from motet.server.engine.stream import Streams
 from motet.server.engine.types import Applied, FinishReason, Sampling, TokenEvent
 
 SAMPLING = Sampling(max_tokens=1, temperature=0, prompt_logprobs=0)
-FEATURE = Sampling(max_tokens=1, temperature=0, feature=True)
+FEATURE = Sampling(max_tokens=0, temperature=0, feature=True)
 
 
 class ScoringError(Exception):
