@@ -234,3 +234,11 @@ def test_members_that_never_moved_are_the_base_bit_by_bit(tmp_path: Path) -> Non
     usings: list[Using] = [[("pool", (0.5, 0.25, 0.25, 0.0))], None]
     merged, base = (harness.logits([([4, 5, 6], using)]) for using in usings)
     assert torch.equal(merged, base)
+
+
+def test_a_feature_that_overflows_is_an_error(gated: Gated) -> None:
+    """No logits tell, where nothing is drawn."""
+    asked: list[tuple[Sequence[int], Using]] = [([4, 5], [("rslora", (1e38,))]), ([4, 5], None)]
+    broken, fine = gated.harness.run(asked, replace(GREEDY, max_tokens=0, feature=True))
+    assert "'rslora' computed NaN or infinity" in (broken.events[-1].error or "")
+    assert (fine.events[-1].error, fine.events[-1].finish) == (None, "length")
