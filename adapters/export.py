@@ -111,7 +111,7 @@ def _pairs(lowered: Lowered) -> dict[str, LowRank]:
     if lowered.gate is not None:
         raise UnsupportedError(
             f"the adapter weighs its rank rows anew for each request (gate {lowered.gate.kind!r}), which a plain LoRA "
-            "pair cannot say; export it with the gate fixed to one request's factors"
+            "pair cannot say; export it with the gate fixed to one request's factors (--gate)"
         )
     if lowered.overlays:
         raise UnsupportedError(

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from motet.adapters.bounded import parse_object, read_file
-from motet.adapters.errors import ConfigError, GoldenError, SourceNotFoundError
+from motet.adapters.effects import Lowered
+from motet.adapters.errors import ConfigError, GateError, GoldenError, SourceNotFoundError
+from motet.adapters.gates.fixed import explicit
 
 GOLDEN_FILE = "golden.json"
 MOST_BYTES = 4 << 20
@@ -47,23 +49,23 @@ class Golden:
 
     Attributes:
         tolerance: largest |difference| in nats.
+        gate: the explicit weights that a gated adapter computed with; None for one without a gate.
         vocabulary: token ids are below this, where the adapter's vocabulary is not the base's; not from the file.
     """
 
     tolerance: float
     prompts: tuple[GoldenPrompt, ...]
+    gate: tuple[float, ...] | None = None
     vocabulary: int | None = None
 
 
-def read(folder: Path, vocabulary: int | None = None) -> Golden | None:
-    """The golden log-probabilities of an adapter folder; None when it has none.
-
-    Args:
-        vocabulary: of the adapter, where it is not the base's.
+def read(folder: Path, lowered: Lowered) -> Golden | None:
+    """The golden log-probabilities of an adapter folder, its gate as factors; None where the folder has none.
 
     Raises:
         SourceError: the file leaves the folder, is too large or no JSON object.
         ConfigError: it says something else than golden.json can.
+        GoldenError: its gate is none of this adapter.
     """
     try:
         if not os.path.lexists(folder / GOLDEN_FILE):
@@ -71,13 +73,20 @@ def read(folder: Path, vocabulary: int | None = None) -> Golden | None:
         content = read_file(folder, GOLDEN_FILE, MOST_BYTES)
     except OSError as error:
         raise SourceNotFoundError(f"{GOLDEN_FILE} cannot be read: {error.strerror}; check its permissions") from error
-    return replace(parse(content), vocabulary=vocabulary)
+    golden = parse(content)
+    try:
+        factors = explicit(lowered.gate, golden.gate)
+    except GateError as error:
+        raise GoldenError(
+            f"gate of {GOLDEN_FILE}: {error}; write the file anew with motet verify --write-golden"
+        ) from error
+    return replace(golden, gate=factors, vocabulary=lowered.vocabulary)
 
 
 def parse(content: bytes) -> Golden:
     """Check every value; see `read`."""
     values = parse_object(GOLDEN_FILE, content)
-    _only(values, ("tolerance", "prompts"), "")
+    _only(values, ("tolerance", "prompts"), "", optional=("gate",))
     tolerance, prompts = values["tolerance"], values["prompts"]
     if not _is_number(tolerance) or not 0 < tolerance <= LARGEST_TOLERANCE:
         raise ConfigError(
@@ -88,13 +97,14 @@ def parse(content: bytes) -> Golden:
     parsed = tuple(_prompt(index, prompt) for index, prompt in enumerate(prompts))
     if (tokens := sum(len(prompt.tokens) for prompt in parsed)) > MOST_TOKENS:
         raise ConfigError(f"{GOLDEN_FILE}: its prompts have {tokens:,} tokens, at most {MOST_TOKENS:,} are checked")
-    return Golden(float(tolerance), parsed)
+    return Golden(float(tolerance), parsed, _gate(values["gate"]) if "gate" in values else None)
 
 
 def dump(golden: Golden) -> str:
     """The text of a golden.json."""
     prompts = [{"tokens": list(prompt.tokens), "logprobs": list(prompt.logprobs)} for prompt in golden.prompts]
-    return json.dumps({"tolerance": golden.tolerance, "prompts": prompts}) + "\n"
+    gate = {} if golden.gate is None else {"gate": list(golden.gate)}
+    return json.dumps({"tolerance": golden.tolerance, **gate, "prompts": prompts}) + "\n"
 
 
 def compare(golden: Golden, served: Sequence[Sequence[float]]) -> None:
@@ -143,11 +153,17 @@ def _prompt(index: int, value: object) -> GoldenPrompt:
     return GoldenPrompt(tuple(tokens), tuple(float(logprob) for logprob in logprobs))
 
 
-def _only(values: dict[str, Any], keys: tuple[str, ...], place: str) -> None:
-    if wrong := values.keys() ^ set(keys):
+def _gate(value: object) -> tuple[float, ...]:
+    if not isinstance(value, list) or not all(_is_number(weight) for weight in value):
+        raise ConfigError(f"{GOLDEN_FILE}: gate is no list of finite numbers, one weight for each factor")
+    return tuple(float(weight) for weight in value)
+
+
+def _only(values: dict[str, Any], keys: tuple[str, ...], place: str, optional: tuple[str, ...] = ()) -> None:
+    if wrong := (values.keys() - set(optional)) ^ set(keys):
         raise ConfigError(
             f"{place}{GOLDEN_FILE} has {'no' if wrong & set(keys) else 'the unknown'} key {sorted(wrong)[0]!r}; "
-            f"its keys are {' and '.join(keys)}"
+            f"its keys are {' and '.join((*keys, *optional))}"
         )
 
 

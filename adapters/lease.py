@@ -12,6 +12,7 @@ from motet.adapters.gates.build import Gate
 from motet.adapters.heads import HeadFile
 from motet.adapters.residency import Residency
 from motet.adapters.tokens import OwnTokenizer
+from motet.adapters.trimming import Trimmed
 from motet.adapters.version import AdapterVersion, Slot
 
 
@@ -24,6 +25,7 @@ class Resident:
         gate: what a request must find factors by; None where rank rows have none.
         unmixable: why it cannot be a part of a mixture; None where it can.
         head: what answers by labels; None where the adapter has only the base's output.
+        trimmed: what trimming took of it; None where its weights are whole.
         leases, retired: changed by `Leases` alone.
     """
 
@@ -33,6 +35,7 @@ class Resident:
     gate: Gate | None = None
     unmixable: str | None = None
     head: HeadFile | None = None
+    trimmed: Trimmed | None = None
     leases: int = 0
     retired: bool = False
 

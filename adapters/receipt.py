@@ -16,6 +16,7 @@ from motet.adapters.approximate import Remaining, remaining
 from motet.adapters.base import BaseModel, Kind
 from motet.adapters.dense import merge
 from motet.adapters.effects import ColumnSparse, Lowered, TargetEffects
+from motet.adapters.gates.fixed import fixed, uniform
 from motet.adapters.lowering import Lowering
 from motet.adapters.version import Digest
 
@@ -80,6 +81,7 @@ class Receipt:
         error: of a lossy form that was asked for.
         head: its parameterization and labels; None where there is no output head.
         head_bytes: what it takes in host memory, beside `resident_bytes`.
+        gate: the factors that the norms were measured at, all alike; None where the adapter has no gate.
     """
 
     digest: Digest
@@ -95,6 +97,7 @@ class Receipt:
     error: LossyError | None = None
     head: str | None = None
     head_bytes: int = 0
+    gate: tuple[float, ...] | None = None
 
     def measured(self, exact: Sequence[Sequence[float]], lossy: Sequence[Sequence[float]]) -> Receipt:
         """With the difference of log-probabilities, text by text, token by token."""
@@ -107,6 +110,7 @@ def receipt(lowering: Lowering, base: BaseModel, bytes_needed: Callable[[Lowered
     lowered, head, error = lowering.lowered, lowering.head, None
     if lowering.exact is not None:
         error = LossyError(lowering.form, remaining(lowering.exact.lowered, lowered, base))
+    gate = None if lowered.gate is None else uniform(lowered.gate)
     ranks = [effects.low_rank.rank for effects in lowered.effects.values() if effects.low_rank]
     return Receipt(
         digest=lowering.digest,
@@ -120,7 +124,7 @@ def receipt(lowering: Lowering, base: BaseModel, bytes_needed: Callable[[Lowered
         relative_norms={
             **{
                 name: relative_norm(effects, name, base, lowered.overlays.get(f"{name}.weight"))
-                for name, effects in lowered.effects.items()
+                for name, effects in fixed(lowered, gate).effects.items()
             },
             **{path: _replaced(values, base.parameter(path)) for path, values in lowered.overlays.items()},
         },
@@ -128,6 +132,7 @@ def receipt(lowering: Lowering, base: BaseModel, bytes_needed: Callable[[Lowered
         error=error,
         head=None if head is None else f"{head.parameterization.value}, {len(head.labels)} labels",
         head_bytes=0 if head is None else head.bytes,
+        gate=gate,
     )
 
 

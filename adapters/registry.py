@@ -24,7 +24,6 @@ from motet.adapters.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     ArenaFullError,
-    GoldenError,
     InvalidNameError,
     SourceChangedError,
 )
@@ -129,18 +128,16 @@ class Registry:
         self._check_name(name, replace)
         lowering = lower(folder, declared, self.base, self._cache)
         facts = receipt(lowering, self.base, self.residency.bytes_needed)
-        vouched = golden.read(folder, lowering.lowered.vocabulary) if self._check else None
+        vouched = golden.read(folder, lowering.lowered) if self._check else None
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
-            slot = self.residency.place_beside(lowering.exact.lowered)
+            slot = self.derived.place_beside(lowering.exact.lowered)
             exact = Resident(AdapterVersion(name, lowering.exact.digest), slot)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
         resident = self._place(name, lowering)
         try:
             if self._check is not None and vouched is not None:
-                if resident.gate is not None:
-                    raise GoldenError("golden.json says nothing of the gate that this adapter needs; remove the file")
                 self._check(vouched, lambda: self.leases.take(resident))
             if self._score is not None and exact_logprobs is not None:
                 facts = facts.measured(exact_logprobs, self._score(lambda: self.leases.take(resident)))

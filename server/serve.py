@@ -236,7 +236,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         registry=registry,
         engine=engine,
         streams=streams,
-        merging=Merging(registry, scorer, steps.inputs),
+        merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
         metrics=Metrics(
             engine_state=lambda: engine.state,

@@ -26,6 +26,7 @@ class PoolGate:
     def __init__(self, spec: GateSpec) -> None:
         assert spec.kind == KIND, spec.kind
         self.members = spec.size
+        self.targets = tuple(spec.groups)
         self.scale = float(spec.facts["scale_cls"] or 1.0)
         self.bias = float(spec.facts["bias_cls"] or 0.0)
 

@@ -22,6 +22,10 @@ def create_app(service: Service) -> FastAPI:
     async def administration(request: Request) -> None:
         service.require_admin_key(request.headers.get("authorization"))
 
+    async def oversight(request: Request) -> None:
+        service.require_oversight_key(request.headers.get("authorization"))
+
+    app.include_router(merges.oversight(service), dependencies=[Depends(oversight)])
     for family in (completions, chat, merges, classify, decisions, models):
         app.include_router(family.router(service), dependencies=[Depends(inference)])
     app.include_router(adapters.router(service), dependencies=[Depends(administration)])

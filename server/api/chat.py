@@ -108,6 +108,7 @@ class _Chat:
             "created": int(time.time()),
             "model": body.model,
             "system_fingerprint": job.system_fingerprint,
+            **({} if job.merge is None else {"merge": job.merge}),
         }
         self._continuous = bool(body.stream_options and body.stream_options.continuous_usage_stats)
 

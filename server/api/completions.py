@@ -91,6 +91,7 @@ class _Completion:
             "created": int(time.time()),
             "model": body.model,
             "system_fingerprint": job.system_fingerprint,
+            **({} if job.merge is None else {"merge": job.merge}),
         }
         self._begun: set[int] = set()
         self._offsets = dict.fromkeys(range(len(job.choices)), 0)
@@ -125,7 +126,7 @@ class _Completion:
         if self._body.logprobs is not None:
             tokens: list[TokenLogprobs | int] = [*chosen]
             if self._body.echo and choice.index not in self._begun:
-                tokens = [choice.prompt[0], *choice.prompt_logprobs, *chosen]
+                tokens = [*_echoed(choice), *chosen]
             texts = [token_text(self._tokenizer, t if isinstance(t, int) else t.token) for t in tokens]
             offset = self._offsets[choice.index]
             ends = list(itertools.accumulate((len(one) for one in texts), initial=offset))
@@ -140,6 +141,12 @@ class _Completion:
         said = {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
         of_token = functools.partial(token_text, self._tokenizer)
         return uncertainty.add(said, self._job.inquiry.asked, choice.uncertainty, chosen, of_token)
+
+
+def _echoed(choice: Choice) -> list[TokenLogprobs | int]:
+    """What is known of each prompt token: nothing of the first, and nothing of markers, which are no tokens."""
+    reported = zip(choice.prompt[1:], choice.prompt_logprobs, strict=True)
+    return [choice.prompt[0], *(one if one.token == token else token for token, one in reported)]
 
 
 def _top(tokenizer: Tokenizer, position: TokenLogprobs) -> dict[str, float]:

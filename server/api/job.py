@@ -46,7 +46,8 @@ class Choice:
     """One generation of the request, as far as it has come.
 
     Attributes:
-        prompt_logprobs: of prompt tokens 1, 2, …; token 0 has none.
+        prompt: as it was given, markers of items included.
+        prompt_logprobs: of prompt tokens 1, 2, …; token 0 has none. At a marker's place they are of its stand-in.
         uncertainty: of the whole generation, once `settle` found it.
     """
 
@@ -93,7 +94,6 @@ class Job:
                 "n",
             )
         placed = [voice.placed(prompt) for prompt in prompts]
-        prompts, given = [prompt for prompt, _ in placed], [rows for _, rows in placed]
         samplings = [_sampling(service.base.max_length, voice, body, prompt, wanted) for prompt in prompts]
         stops = _stops(body)
         self.drop_drawn = wanted.max_tokens == 0
@@ -102,6 +102,7 @@ class Job:
         # Nothing from here to the submission may refuse the request: nobody would end the stream.
         self.versions = [one.lease.version for one in voice.applied]
         self.system_fingerprint = service.fingerprint(voice.applied)
+        self.merge = voice.merge
         self._stream = service.streams.open(len(prompts) * copies)
         self.choices = [
             Choice(
@@ -124,7 +125,8 @@ class Job:
         for generation, choice in zip(self._stream.generations, self.choices, strict=True):
             sampling = _copy_for(samplings[choice.index // copies], choice.index % copies)
             applied = uses.renewed(service.registry, voice.applied)
-            service.engine.submit(generation, choice.prompt, sampling, applied, given[choice.index // copies])
+            tokens, given = placed[choice.index // copies]
+            service.engine.submit(generation, tokens, sampling, applied, given)
 
     async def __aenter__(self) -> Job:
         return self

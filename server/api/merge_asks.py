@@ -26,10 +26,11 @@ def ask_of(body: MergeBody, takes: Modality) -> Ask:
     """
     support = tuple(example_of(place, example, takes) for place, example in enumerate(body.support))
     if body.weights is None:
-        return Ask(support, body.top_k, body.beta, body.gamma, body.seed)
+        return Ask(support, body.top_k, body.beta, body.gamma, body.seed, trim=body.trim)
     if meaningless := {"top_k", "beta", "gamma", "seed"} & body.model_fields_set:
         raise GateError(min(meaningless), f"{min(meaningless)} means nothing where weights are given; remove either")
-    return Ask(support, weights=body.weights if isinstance(body.weights, str) else tuple(body.weights))
+    weights = body.weights if isinstance(body.weights, str) else tuple(body.weights)
+    return Ask(support, weights=weights, trim=body.trim)
 
 
 async def inline(merging: Merging, pool: str, body: MergeBody) -> Merged:

@@ -15,6 +15,7 @@ import torch
 
 from motet.adapters.errors import GateError
 from motet.adapters.gates import merge
+from motet.adapters.trimming import Trimmed
 from motet.adapters.version import AdapterVersion
 
 
@@ -26,6 +27,7 @@ class Ask:
         support: (text, label).
         weights: α given by the caller, or "uniform"; None scores the members on the support.
         seed: of the augmented view; None scores on the examples as they are.
+        trim: share of the singular values that merged weights keep; None leaves the weights as they are.
     """
 
     support: tuple[tuple[str, str], ...]
@@ -34,6 +36,7 @@ class Ask:
     gamma: float = merge.DEFAULT_GAMMA
     seed: int | None = None
     weights: tuple[float, ...] | str | None = None
+    trim: float | None = None
 
     def check(self) -> None:
         """Require what does not depend on the pool.
@@ -67,7 +70,8 @@ class Merged:
         name: what requests call it.
         alpha: a factor for each member.
         scores: what α was found by; None where it was given.
-        prototypes_CD: class means of the support under the merge.
+        prototypes_CD: class means of the support under the merge, trimmed where it is.
+        trimmed: what trimming took of the merged weights; None where they are whole.
     """
 
     name: str
@@ -80,3 +84,4 @@ class Merged:
     bias: float
     created_s: float
     expires_s: float
+    trimmed: Trimmed | None = None

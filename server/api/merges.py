@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from motet.adapters.errors import AdapterNotFoundError
+from motet.adapters.trimming import Trimmed
 from motet.server.api.merge_asks import ask_of
 from motet.server.api.merged import Merged
 from motet.server.api.schemas import MergeBody
@@ -18,35 +19,43 @@ from motet.server.api.service import Service
 
 
 def router(service: Service) -> APIRouter:
-    """The endpoints, bound to a service."""
+    """Making merges, and looking one up whose id is known."""
     routes = APIRouter()
-    merging = service.merging
-
-    def known(pool: str, name: str) -> Merged:
-        merged = merging.get(name)
-        if merged.pool.name != pool:
-            raise AdapterNotFoundError(f"merge {name!r} is of pool {merged.pool.name!r}, not of {pool!r}")
-        return merged
 
     @routes.post("/v1/adapters/{pool:path}/merges")
     async def make(pool: str, body: MergeBody) -> dict[str, Any]:
         service.require_open()
+        merging = service.merging
         return _card(await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s))
-
-    @routes.get("/v1/adapters/{pool:path}/merges")
-    async def every(pool: str) -> dict[str, Any]:
-        return {"object": "list", "data": [_card(merged) for merged in merging.of(pool)]}
 
     @routes.get("/v1/adapters/{pool:path}/merges/{name:path}")
     async def one(pool: str, name: str) -> dict[str, Any]:
-        return _card(known(pool, name))
+        return _card(_known(service, pool, name))
+
+    return routes
+
+
+def oversight(service: Service) -> APIRouter:
+    """What concerns everybody's merges: listing them, and deleting one."""
+    routes = APIRouter()
+
+    @routes.get("/v1/adapters/{pool:path}/merges")
+    async def every(pool: str) -> dict[str, Any]:
+        return {"object": "list", "data": [_card(merged) for merged in service.merging.of(pool)]}
 
     @routes.delete("/v1/adapters/{pool:path}/merges/{name:path}")
     async def delete(pool: str, name: str) -> Response:
-        merging.delete(known(pool, name).name)
+        await service.merging.delete(_known(service, pool, name).name)
         return Response(status_code=204)
 
     return routes
+
+
+def _known(service: Service, pool: str, name: str) -> Merged:
+    merged = service.merging.get(name)
+    if merged.pool.name != pool:
+        raise AdapterNotFoundError(f"merge {name!r} is of pool {merged.pool.name!r}, not of {pool!r}")
+    return merged
 
 
 def _card(merged: Merged) -> dict[str, Any]:
@@ -67,7 +76,18 @@ def _card(merged: Merged) -> dict[str, Any]:
             }
             for member, alpha in enumerate(merged.alpha)
         ],
+        "trim": None if merged.trimmed is None else _trim(merged.trimmed),
         "labels": list(merged.labels),
         "created": int(merged.created_s),
         "expires_at": int(merged.expires_s),
+    }
+
+
+def _trim(trimmed: Trimmed) -> dict[str, Any]:
+    """With the relative error ‖W' - W'_p‖/‖W'‖ over the pool's targets."""
+    smallest, largest = trimmed.ranks
+    return {
+        "share": trimmed.share,
+        "ranks": {"smallest": smallest, "largest": largest},
+        "error": {"largest": trimmed.largest, "mean": trimmed.mean},
     }

@@ -30,7 +30,8 @@ class Placeholders:
         self._gate = gate
         self._fields: dict[int, str] = {}
         for field, marker in gate.placeholders.items():
-            self.tokenizer.add_tokens([AddedToken(marker, special=True, normalized=False)])
+            # Not special: the text of a prompt keeps its markers.
+            self.tokenizer.add_tokens([AddedToken(marker, special=False, normalized=False)])
             self._fields[self.tokenizer.convert_tokens_to_ids(marker)] = field
 
     @property

@@ -81,7 +81,7 @@ class ExampleBody(Body):
 class MergeBody(Body):
     """How a pool is merged: by a support set, or by weights; `expires_s` seconds long a merge is remembered at least.
 
-    The support is needed in both cases: the merge classifies by it.
+    The support is needed in both cases: the merge classifies by it. `trim` is the share of singular values kept.
     """
 
     support: list[ExampleBody] = Field(min_length=2, max_length=MOST_EXAMPLES)
@@ -90,6 +90,7 @@ class MergeBody(Body):
     gamma: float = Field(default=DEFAULT_GAMMA, ge=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=MOST_SEED)
     weights: list[float] | Literal["uniform"] | None = None
+    trim: float | None = Field(default=None, gt=0, le=1)
     expires_s: int = Field(default=3600, ge=1, le=MOST_EXPIRES_S)
 
 

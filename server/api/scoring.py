@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, and features of prompts, computed like any request's; and the golden checks.
 
-Must not know: HTTP, text. The engine is asked for one token that nobody looks at; the prompt's own log-probabilities
-come with it.
+Must not know: HTTP, text. For log-probabilities the engine is asked for one token that nobody looks at: those of the
+prompt come with it. For features it is asked for none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from motet.server.engine.stream import Streams
 from motet.server.engine.types import Applied, FinishReason, GivenInput, Sampling, TokenEvent
 
 SAMPLING = Sampling(max_tokens=1, temperature=0, prompt_logprobs=0)
-FEATURE = Sampling(max_tokens=1, temperature=0, feature=True)
+FEATURE = Sampling(max_tokens=0, temperature=0, feature=True)
 
 
 class ScoringError(Exception):
@@ -57,13 +57,18 @@ class Scorer:
         return self._base.max_length - 1
 
     async def logprobs(
-        self, prompts: Sequence[Sequence[int]], lease: Callable[[], Lease | None], vocabulary: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        lease: Callable[[], Lease | None],
+        vocabulary: int | None = None,
+        gate: tuple[float, ...] | None = None,
     ) -> list[list[float]]:
         """Natural log-probabilities of each prompt's tokens from the second on.
 
         Args:
             vocabulary: of the adapter, where it is not the base's.
             lease: gives a lease of its own to every prompt; the engine ends it. None is the base model.
+            gate: factors of a gated adapter.
 
         Raises:
             ScoringError: a prompt does not fit the base model, or its step failed.
@@ -73,7 +78,7 @@ class Scorer:
 
         def applied() -> Sequence[Applied]:
             held = lease()
-            return () if held is None else (Applied(held),)
+            return () if held is None else (Applied(held, gate),)
 
         found: list[list[float]] = [[] for _ in prompts]
         async for index, event in self._events([Question(prompt, applied, vocabulary) for prompt in prompts], SAMPLING):
@@ -142,7 +147,7 @@ def golden_check(scorer: Scorer, loop: asyncio.AbstractEventLoop) -> Check:
     """The check for a registry whose loads run in other threads than the loop's."""
 
     def check(golden: Golden, lease: Callable[[], Lease]) -> None:
-        work = scorer.logprobs([prompt.tokens for prompt in golden.prompts], lease, golden.vocabulary)
+        work = scorer.logprobs([prompt.tokens for prompt in golden.prompts], lease, golden.vocabulary, golden.gate)
         try:
             served = asyncio.run_coroutine_threadsafe(work, loop).result()
         except ScoringError as error:

@@ -10,7 +10,7 @@ import contextlib
 import hmac
 import weakref
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from motet.adapters.errors import AdapterNotFoundError, GateError
@@ -103,14 +103,24 @@ class Service:
         """
         self.require_open()
         self.require_texts()
-        applied = await self._applied(body)
+        uses.require_one_way(body, self.base.name)
+        merged = await self._merged(body)
+        applied = await self._applied(body) if merged is None else [await self._of_merge(merged)]
         try:
-            yield await self._voice(applied, body)
+            yield replace(await self._voice(applied, body), merge=None if merged is None else merged.name)
         finally:
             uses.release(self.registry, applied)
 
+    async def _merged(self, body: GenerationBody) -> Merged | None:
+        """The merge that the request brings along."""
+        if body.merge is None:
+            return None
+        try:
+            return await merge_asks.inline(self.merging, body.model, body.merge)
+        except AdapterNotFoundError as error:
+            raise _unknown(body.model) from error
+
     async def _applied(self, body: GenerationBody) -> list[Applied]:
-        uses.require_one_way(body, self.base.name)
         if body.adapters is not None:
             parts = uses.mixed(self.registry, body)
             if body.merge_method == "linear":
@@ -119,16 +129,10 @@ class Service:
                 return [await uses.merged(self.registry, body, parts)]
             finally:
                 uses.release(self.registry, parts)
-        if body.merge is not None:
-            try:
-                merged = await merge_asks.inline(self.merging, body.model, body.merge)
-            except AdapterNotFoundError as error:
-                raise _unknown(body.model) from error
-            return [self._of_merge(merged)]
         if (known := self.merging.find(body.model)) is not None:
             if body.gate is not None:
                 raise GateError("gate", f"merge {body.model!r} has its factors already; remove the field")
-            return [self._of_merge(known)]
+            return [await self._of_merge(known)]
         lease = self.resolve(body.model)
         if lease is None:
             if body.gate is not None:
@@ -140,9 +144,9 @@ class Service:
             self.registry.release(lease)
             raise
 
-    def _of_merge(self, merged: Merged) -> Applied:
+    async def _of_merge(self, merged: Merged) -> Applied:
         try:
-            return Applied(self.merging.acquire(merged), merged.alpha)
+            return await self.merging.applied(merged)
         except AdapterNotFoundError as error:
             raise _unknown(merged.name) from error
 
@@ -201,6 +205,13 @@ class Service:
         allowed = self.keys.inference and (*self.keys.inference, *self.keys.admin)
         if allowed and not _has_key(authorization, allowed):
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+    def require_oversight_key(self, authorization: str | None) -> None:
+        """Refuse to show or end what others made without the admin key; where there is none, as for any request."""
+        if self.keys.admin:
+            self.require_admin_key(authorization)
+        else:
+            self.require_inference_key(authorization)
 
     def require_admin_key(self, authorization: str | None) -> None:
         """Refuse an administrative request without the admin key; without a configured key, refuse all."""

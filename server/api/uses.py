@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from motet.adapters import mixture
+from motet.adapters.effects import Lowered
 from motet.adapters.errors import AdapterNotFoundError, GateError
 from motet.adapters.gates.instance import UserInput
 from motet.adapters.gates.pool import PoolGate
@@ -123,9 +124,9 @@ async def merged(registry: Registry, body: GenerationBody, parts: Sequence[Appli
     name = " + ".join(version.name for version, _ in versions)
     weights = [one.gate[0] for one in parts if one.gate is not None]
 
-    def make() -> Any:
+    def make() -> tuple[Lowered, None]:
         lowered = [registry.lowered_version(version) for version, _ in versions]
-        return mixture.merged(lowered, weights, method, density, seed)
+        return mixture.merged(lowered, weights, method, density, seed), None
 
     return Applied(
         await asyncio.to_thread(registry.derived.acquire, AdapterVersion(f"{method}({name})", Digest(digest)), make)

@@ -26,6 +26,7 @@ class Voice:
         placeholders: places in prompts where items may stand; None where they may not.
         items: item ids by the names of the request's fields.
         head: of the one adapter, where the request uses it as it is: a head is not trained on mixtures and merges.
+        merge: id of the merge that the request brought along.
     """
 
     applied: Sequence[Applied]
@@ -36,6 +37,7 @@ class Voice:
     placeholders: Placeholders | None = None
     items: Mapping[str, Sequence[int] | None] = field(default_factory=dict)
     head: HeadFile | None = None
+    merge: str | None = None
 
     @property
     def prompt_vocabulary(self) -> int:

@@ -118,6 +118,11 @@ def inspect(
         ("ranks", str(low) if low == high else f"{low} to {high}"),
         ("targets", f"{receipt.targets_matched} of {receipt.targets_expected} expected"),
         ("scaling", receipt.scaling),
+        *(
+            []
+            if receipt.gate is None
+            else [("gate", f"{len(receipt.gate)} factors; norms at {receipt.gate[0]:.4g} each")]
+        ),
         ("bytes", f"{receipt.resident_bytes:,}"),
         ("result", "exact" if receipt.exact else str(receipt.error or "approximate")),
         *([("head", f"{receipt.head}, {receipt.head_bytes:,} bytes")] if receipt.head else []),

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from motet.adapters import golden
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import ExportError
+from motet.adapters.gates.fixed import explicit, fixed
 from motet.adapters.spec import Declared
 from motet.server import serve as serving
 from motet.server.api.scoring import Scorer, ScoringError
@@ -33,6 +34,8 @@ from motet.server.model.loader import LoadedModel
 Report = Callable[[str], None]
 Logprobs = list[list[float]]
 """Per prompt, of its tokens from the second on."""
+Gate = tuple[float, ...] | None
+"""Explicit weights for the adapter's gate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Comparison:
     Attributes:
         version: name@digest.
         dtype: what was served in.
+        gate: the weights that were given for the adapter's gate; None where it has none.
     """
 
     version: str
@@ -64,6 +68,7 @@ class Comparison:
     fingerprint: str
     dtype: str
     prompts: tuple[PromptComparison, ...]
+    gate: Gate = None
 
     @property
     def adapter(self) -> float:
@@ -77,7 +82,13 @@ class Comparison:
 
 
 def of_folder(
-    config: ServeConfig, folder: Path, declared: Declared, texts: Sequence[str], file: Path | None, report: Report
+    config: ServeConfig,
+    folder: Path,
+    declared: Declared,
+    gate: Gate,
+    texts: Sequence[str],
+    file: Path | None,
+    report: Report,
 ) -> Comparison:
     """Serve the folder in this process, without HTTP and golden checks, and compare.
 
@@ -85,11 +96,17 @@ def of_folder(
         OptionError, ModelError, AdapterError: the base or the adapter cannot be served.
     """
     with tempfile.TemporaryDirectory() as cache:  # so that it is lowered once, and read back as a server would
-        return _of_folder(replace(config, adapter_cache=cache), folder, declared, texts, file, report)
+        return _of_folder(replace(config, adapter_cache=cache), folder, declared, gate, texts, file, report)
 
 
 def _of_folder(
-    config: ServeConfig, folder: Path, declared: Declared, texts: Sequence[str], file: Path | None, report: Report
+    config: ServeConfig,
+    folder: Path,
+    declared: Declared,
+    gate: Gate,
+    texts: Sequence[str],
+    file: Path | None,
+    report: Report,
 ) -> Comparison:
     assembled = serving.assemble(config, report)
     loaded = assembled.loaded
@@ -104,9 +121,10 @@ def _of_folder(
             name = "adapter" if service.base.name != "adapter" else "verified"
             info = await asyncio.to_thread(registry.load, name, folder, declared)
             _, lowered = await asyncio.to_thread(registry.lowered, name)
-            adapter = await scorer.logprobs(prompts, lambda: registry.acquire(name))
+            factors = explicit(lowered.gate, gate)
+            adapter = await scorer.logprobs(prompts, lambda: registry.acquire(name), gate=factors)
             version = f"{folder.resolve().name}@{info.version.digest}"
-            return version, lowered, adapter, await scorer.logprobs(prompts, lambda: None)
+            return version, fixed(lowered, factors), adapter, await scorer.logprobs(prompts, lambda: None)
 
     try:
         version, lowered, adapter, base = asyncio.run(served())
@@ -116,11 +134,11 @@ def _of_folder(
     reference = DenseReference(serving.base_path(config.model))
     dtype = str(loaded.dtype).removeprefix("torch.")
     compared = _compare(reference, lowered, prompts, adapter, base)
-    return Comparison(version, loaded.name, loaded.base.fingerprint, dtype, compared)
+    return Comparison(version, loaded.name, loaded.base.fingerprint, dtype, compared, gate)
 
 
 def of_name(
-    url: str, name: str, model: str | None, texts: Sequence[str], file: Path | None, report: Report
+    url: str, name: str, model: str | None, gate: Gate, texts: Sequence[str], file: Path | None, report: Report
 ) -> Comparison:
     """Ask a running server for what it serves as `name`, and compare.
 
@@ -128,6 +146,7 @@ def of_name(
         model: directory or hub id of the server's base model; None is the default model.
     """
     version, lowered = lowered_of(url, name)
+    lowered = fixed(lowered, explicit(lowered.gate, gate))
     server_base = base_of(url)
     path = serving.base_path(model)
     report("comparing the base models")
@@ -139,14 +158,15 @@ def of_name(
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     prompts = tokens_of(lambda text: tokenizer(text)["input_ids"], texts, file)
     report("asking the server")
-    adapter, base = _served(url, name, prompts, version), _served(url, server_base["name"], prompts, None)
+    adapter, base = _served(url, name, prompts, version, gate), _served(url, server_base["name"], prompts, None)
     report("computing the dense merge")
     compared = _compare(DenseReference(path), lowered, prompts, adapter, base)
-    return Comparison(version, server_base["name"], server_base["fingerprint"], server_base["dtype"], compared)
+    return Comparison(version, server_base["name"], server_base["fingerprint"], server_base["dtype"], compared, gate)
 
 
-def _served(url: str, name: str, prompts: list[list[int]], version: str | None) -> Logprobs:
+def _served(url: str, name: str, prompts: list[list[int]], version: str | None, gate: Gate = None) -> Logprobs:
     body = {"model": name, "prompt": prompts, "max_tokens": 0, "temperature": 0, "echo": True, "logprobs": 0}
+    body |= {} if gate is None else {"gate": {"weights": gate}}
     response = call("POST", url, "/v1/completions", "MOTET_API_KEY", body)
     if response.headers.get("X-Motet-Adapter") != version:
         raise click.ClickException(f"{name!r} moved to another version while it was verified; try again")
@@ -181,7 +201,7 @@ def write_golden(compared: Comparison, file: Path, tolerance: float) -> None:
         ExportError: it cannot be written.
     """
     prompts = tuple(golden.GoldenPrompt(prompt.tokens, prompt.dense) for prompt in compared.prompts)
-    content = golden.dump(golden.Golden(tolerance, prompts)).encode()
+    content = golden.dump(golden.Golden(tolerance, prompts, compared.gate)).encode()
     golden.parse(content)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:

@@ -33,6 +33,7 @@ from motet.server.config import ServeConfig
     show_default=True,
     help="Type of the tensors.",
 )
+@options.gate
 @options.declarations(Path)
 @options.model
 @options.url
@@ -40,6 +41,7 @@ def export(
     source: str,
     to: tuple[str, Path],
     dtype: str,
+    gate: tuple[float, ...] | None,
     initial: Path | None,
     residual: Path | None,
     trained_on_base: bool,
@@ -52,6 +54,7 @@ def export(
 
     from motet.adapters.base import Kind
     from motet.adapters.export import export_peft
+    from motet.adapters.gates.fixed import explicit, fixed
     from motet.server import serve as serving
 
     declared, (_, folder) = Declared(initial, residual, trained_on_base, approximate), to
@@ -67,7 +70,7 @@ def export(
         base = base_of(url)
         base_name, modules, embedding = base["name"], [*base["targets"], *base["other_modules"]], base["embedding"]
     export_peft(
-        lowered,
+        lowered if gate is None else fixed(lowered, explicit(lowered.gate, gate)),
         folder,
         modules,
         embedding=embedding,

@@ -38,6 +38,21 @@ def _form(_: click.Context, __: click.Parameter, text: str | None) -> LossyForm 
         raise click.BadParameter(str(error)) from error
 
 
+def _weights(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(weight) for weight in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of numbers like 0.5,0.3,0.2") from error
+
+
+gate = click.option(
+    "--gate",
+    callback=_weights,
+    metavar="WEIGHTS",
+    help="The gate of an adapter that has one, fixed: a weight for each factor, like 0.5,0.3,0.2.",
+)
+
+
 def declarations(places: type[Path] | type[str]) -> Callable[[Command], Command]:
     """--initial, --residual, --trained-on-base and --approximate.
 

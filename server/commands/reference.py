@@ -39,7 +39,8 @@ class DenseReference:
 
     @torch.inference_mode()
     def merge(self, lowered: Lowered) -> None:
-        """Make it the model of the adapter, for good."""
+        """Make it the model of the adapter, whose gate is fixed where it had one, for good."""
+        assert lowered.gate is None, "a dense model has no gate"
         for path, values in lowered.overlays.items():  # before the effects, which act on what is replaced
             module, _, name = path.rpartition(".")
             setattr(self._model.get_submodule(module), name, nn.Parameter(values.clone(), requires_grad=False))

@@ -48,6 +48,7 @@ serving in bfloat16 moves a log-probability by up to 0.40, the adapter itself by
     show_default=True,
     help="What to serve a FOLDER in.",
 )
+@options.gate
 @options.declarations(Path)
 @options.model
 @options.url
@@ -59,6 +60,7 @@ def verify(
     tolerance: float | None,
     golden_file: Path | None,
     dtype: str,
+    gate: tuple[float, ...] | None,
     initial: Path | None,
     residual: Path | None,
     trained_on_base: bool,
@@ -77,12 +79,12 @@ def verify(
     declared, report = Declared(initial, residual, trained_on_base, approximate), stages(as_json)
     if Path(source).is_dir():
         config = ServeConfig(model=model, dtype=dtype)
-        compared = comparison.of_folder(config, Path(source), declared, texts, file, report)
+        compared = comparison.of_folder(config, Path(source), declared, gate, texts, file, report)
     else:
         options.require_nothing_declared(source, declared)
         if golden_file is not None:
             raise click.UsageError(f"--write-golden needs the adapter's folder, and {source!r} is none here")
-        compared = comparison.of_name(url, source, model, texts, file, report)
+        compared = comparison.of_name(url, source, model, gate, texts, file, report)
     if golden_file is not None:
         comparison.write_golden(compared, golden_file, GOLDEN_TOLERANCE if tolerance is None else tolerance)
     if as_json:
@@ -103,6 +105,7 @@ def _body(compared: Comparison) -> dict[str, Any]:
         "base": compared.base_name,
         "fingerprint": compared.fingerprint,
         "dtype": compared.dtype,
+        "gate": compared.gate,
         "max_difference": {"adapter": compared.adapter, "base": compared.base},
         "prompts": [
             {"tokens": len(prompt.tokens), "adapter": prompt.adapter, "base": prompt.base}

@@ -128,9 +128,9 @@ class Scheduler:
             self._advance(generation, len(span.tokens))
             prompt_logprobs = result.prompt_logprobs[max(0, generation.prompt_reported - span.start) :]
             generation.prompt_reported += len(prompt_logprobs)
-            if result.token is None and not prompt_logprobs:
+            if result.token is None and result.feature is None and not prompt_logprobs:
                 continue
-            finish = None
+            finish = FinishReason.LENGTH if span.feature and not span.draw else None
             if result.token is not None:
                 generation.tokens.append(result.token)
                 finish = _finish_reason(generation)
@@ -217,7 +217,7 @@ class Scheduler:
             tokens=tuple(generation.tokens[start:stop]),
             start=start,
             blocks=tuple(generation.blocks[: self.blocks.blocks_for(stop)]),
-            draw=stop == len(generation.tokens),
+            draw=stop == len(generation.tokens) and sampling.max_tokens > 0,
             sampling=sampling,
             drawn=generation.drawn,
             history=tuple(generation.tokens) if sampling.needs_history else (),

@@ -34,7 +34,7 @@ class Sampling:
         top_k: keep this many tokens; None keeps all.
         top_p, min_p: nucleus mass, and smallest probability relative to the largest.
         seed: makes the draws repeatable; None draws a fresh seed.
-        min_tokens, max_tokens: bounds on the number of tokens drawn.
+        min_tokens, max_tokens: bounds on the number of tokens drawn; at most 0 needs `feature`, and ends with it.
         stop_token_ids: tokens that end the generation, the model's own end tokens included unless they are ignored.
         logit_bias: (token, added logit).
         top_logprobs: report the log-probability of the drawn token and of this many most likely; None reports none.

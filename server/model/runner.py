@@ -40,13 +40,18 @@ class ModelRunner:
         """One forward for all rows of the plan; results in the order of its spans."""
         spans, loaded = plan.spans, self._loaded
         needed, drawing = _logit_rows(spans)
+        featured = _featured(spans)
+        kept = sorted({*needed, *featured.values()})
+        place = {row: index for index, row in enumerate(kept)}
         loaded.attention.batch = AttentionBatch(spans, self._cache, loaded.device)
         changes = self._effects.build(spans)
         self._take(changes, _given(spans))
-        loaded.head_input.listen(any(span.feature for span in spans))
+        unread = len(kept) - len(needed)
+        read = torch.tensor([place[row] for row in needed], device=loaded.device, dtype=torch.int64) if unread else None
+        loaded.head_input.listen(bool(featured), read)
         try:
             tokens_1T, positions_1T = token_tensors(spans, loaded.device)
-            rows_n = torch.tensor(needed, dtype=torch.int64, device=loaded.device)
+            rows_n = torch.tensor(kept, dtype=torch.int64, device=loaded.device)
             logits_nV = loaded.forward(tokens_1T, positions_1T, rows_n)
         finally:
             loaded.attention.batch = None
@@ -55,11 +60,12 @@ class ModelRunner:
             results = self._results_by_vocabulary(spans, logits_nV.float(), changes.vocabularies)
         else:
             results = self._results(spans, logits_nV.float(), drawing)
-        if not any(span.feature for span in spans):
+        if not featured:
             return results
-        row = dict(zip((span.generation for span in spans if span.draw), drawing, strict=True))
         return [
-            replace(result, feature=loaded.head_input.row(row[span.generation])) if span.feature else result
+            _with_feature(span, result, loaded.head_input.row(place[featured[span.generation]]))
+            if span.feature
+            else result
             for span, result in zip(spans, results, strict=True)
         ]
 
@@ -165,10 +171,25 @@ def _broken(spans: Sequence[Span], logits_nV: torch.Tensor) -> dict[GenerationId
     for span in spans:
         stop = row + logit_rows(span)
         if not all(finite[row:stop]):
-            model = f"adapter {span.adapters!r}" if span.adapters else "the base model"
-            broken[span.generation] = f"{model} computed NaN or infinity for this prompt; its weights overflow"
+            broken[span.generation] = _overflow(span)
         row = stop
     return broken
+
+
+def _overflow(span: Span) -> str:
+    model = f"adapter {span.adapters!r}" if span.adapters else "the base model"
+    return f"{model} computed NaN or infinity for this prompt; its weights overflow"
+
+
+def _with_feature(span: Span, result: SpanResult, feature_D: torch.Tensor) -> SpanResult:
+    error = result.error or (None if bool(feature_D.isfinite().all()) else _overflow(span))
+    return replace(result, feature=feature_D, error=error)
+
+
+def _featured(spans: Sequence[Span]) -> dict[GenerationId, int]:
+    """Generations whose feature was asked for, with the row of the batch that it is of: the span's last."""
+    stops = itertools.accumulate(len(span.tokens) for span in spans)
+    return {span.generation: stop - 1 for span, stop in zip(spans, stops, strict=True) if span.feature}
 
 
 def _given(spans: Sequence[Span]) -> list[tuple[int, torch.Tensor]]:

@@ -100,6 +100,25 @@ def test_items_stand_for_markers(gated: Gated, through: str, stream: bool) -> No
     close(found, expected)
 
 
+def test_markers_are_echoed_as_they_were_written(gated: Gated) -> None:
+    text = "he saw [HistoryEmb], then [HistoryEmb]!"
+    ids, rows = with_items(gated, text, [5, 6], [])
+    oracle = gated.users.oracle(gated.users.networks.weights([5, 6]).tolist())
+    body = {"model": "users", "gate": {"history": [5, 6]}, "prompt": text, "echo": True, "logprobs": 1}
+    choice = gated.server.complete(**body, max_tokens=1, temperature=0)["choices"][0]
+    reported = choice["logprobs"]
+    assert choice["text"].startswith(text)
+    assert "".join(reported["tokens"][:-1]) == text
+    places = [place for place, token in enumerate(reported["tokens"]) if token == "[HistoryEmb]"]
+    assert places == sorted(rows)
+    found = dict(enumerate(reported["token_logprobs"][:-1]))
+    assert [place for place, value in found.items() if value is None] == [0, *places]
+    assert [place for place, value in enumerate(reported["top_logprobs"]) if value is None] == [0, *places]
+    expected = logprobs(oracle, ids, rows)
+    known = [place for place in found if place not in (0, *places)]
+    close([found[place] for place in known], expected[[place - 1 for place in known]])
+
+
 def with_items(
     gated: Gated, text: str, history: Sequence[int], candidates: Sequence[int]
 ) -> tuple[torch.Tensor, Mapping[int, torch.Tensor]]:

@@ -69,6 +69,19 @@ def test_an_inference_key_does_not_administer(keyed: Server, key: str | None) ->
         assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
+@pytest.mark.parametrize("key", [*KEYS, None])
+def test_an_inference_key_neither_lists_nor_deletes_merges(keyed: Server, key: str | None) -> None:
+    """They are everybody's, and their labels may be somebody's; whoever has an id may look it up and use it."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    for method, path in (("GET", "/v1/adapters/a/merges"), ("DELETE", "/v1/adapters/a/merges/b")):
+        response = keyed.http.request(method, path, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        response = keyed.http.request(method, path, headers={"Authorization": f"Bearer {ADMIN_KEY}"})
+        assert response.status_code == 404
+    response = keyed.http.get("/v1/adapters/a/merges/b", headers=headers)
+    assert response.status_code == (401 if key is None else 404)
+
+
 def test_without_a_root_nothing_is_loaded(keyed: Server, tiny_adapter: Path) -> None:
     response = keyed.load("x", tiny_adapter)
     assert (response.status_code, response.json()["error"]["code"]) == (403, "adapter_path_forbidden")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.e2e.gated import Gated
-from tests.e2e.process import eventually
+from tests.e2e.process import ADMIN_KEY, eventually
 from tests.support.tolerances import TOLERANCES
 
 POOL, PATH = "tenant/pool", "/v1/adapters/tenant/pool/merges"
@@ -27,6 +27,7 @@ SUPPORT = [
         ("jumps over", "verb"),
     ]
 ]
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 TEXTS = ["the other fox", "two, three", "over and over"]
 
 
@@ -107,8 +108,20 @@ def test_a_merge_is_a_model_at_once(gated: Gated) -> None:
 
 def test_a_request_brings_its_merge_along(gated: Gated) -> None:
     merge = {"support": SUPPORT, "gamma": 0.9, "seed": 4}
-    answer = gated.check(gated.pool.oracle(made(gated, gamma=0.9, seed=4)["alpha"]), model=POOL, merge=merge)
-    assert answer["model"] == POOL
+    card = made(gated, gamma=0.9, seed=4)
+    answer = gated.check(gated.pool.oracle(card["alpha"]), model=POOL, merge=merge)
+    assert (answer["model"], answer["merge"]) == (POOL, card["id"])
+    body: dict[str, Any] = {
+        "model": POOL,
+        "max_tokens": 2,
+        "merge": merge,
+        "messages": [{"role": "user", "content": "a"}],
+    }
+    assert gated.server.post("/v1/chat/completions", body).json()["merge"] == card["id"]
+    with gated.server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+        events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    assert {event["merge"] for event in events} == {card["id"]}
+    assert "merge" not in gated.server.complete(model=card["id"], prompt="a", max_tokens=1)
 
 
 @pytest.mark.parametrize("weights", [[0.1, 0.2, 0.3, 0.4], "uniform"])
@@ -133,22 +146,22 @@ def test_equal_asks_are_one_merge(gated: Gated) -> None:
 
 def test_listed_found_and_deleted(gated: Gated) -> None:
     card = made(gated, gamma=0.77)
-    listed = gated.server.http.get(PATH).json()
+    listed = gated.server.http.get(PATH, headers=ADMIN).json()
     assert listed["object"] == "list"
     assert card in listed["data"]
     place = f"{PATH}/{card['id']}"
     assert gated.server.http.get(place).json() == card
     assert gated.server.http.get(f"/v1/adapters/users/merges/{card['id']}").status_code == 404
-    assert gated.server.http.delete(place).status_code == 204
+    assert gated.server.http.delete(place, headers=ADMIN).status_code == 204
     for answer in (
         gated.server.http.get(place),
-        gated.server.http.delete(place),
+        gated.server.http.delete(place, headers=ADMIN),
         gated.server.post("/v1/completions", {"model": card["id"], "prompt": "a"}),
         gated.server.post("/v1/classify", {"model": card["id"], "input": "a"}),
     ):
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "model_not_found"
-    assert card not in gated.server.http.get(PATH).json()["data"]
+    assert card not in gated.server.http.get(PATH, headers=ADMIN).json()["data"]
 
 
 def test_it_expires(gated: Gated) -> None:
@@ -167,7 +180,7 @@ def test_a_replaced_pool_takes_its_merges_along(gated: Gated) -> None:
     for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/classify", {"input": "a"})):
         answer = gated.server.post(path, {"model": card["id"], **body})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
-    assert gated.server.http.get("/v1/adapters/second/merges").status_code == 404
+    assert gated.server.http.get("/v1/adapters/second/merges", headers=ADMIN).status_code == 404
 
 
 def test_classes_by_nearness_to_class_means(gated: Gated) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from motet.server.engine.types import GivenInput
 from tests.support.harness import GREEDY, Harness, Using
@@ -176,13 +179,16 @@ def test_features_are_what_the_head_reads(gated: Gated) -> None:
     """The state after the last norm at the prompt's last token, whoever else is in the batch; others report none."""
     alpha = (0.5, 0.25, 0.25, 0.0)
     asked: list[tuple[Sequence[int], Using]] = [([4, 5, 6], [("pool", alpha)]), ([7] * 20, None), ([8, 9], "dora")]
-    wanted = replace(GREEDY, max_tokens=3, feature=True)
-    made = gated.harness.run(asked, samplings=[wanted, replace(GREEDY, max_tokens=3), wanted])
+    drawing = replace(GREEDY, max_tokens=3)
+    samplings = [replace(drawing, feature=True), drawing, replace(drawing, max_tokens=0, feature=True)]
+    made = gated.harness.run(asked, samplings=samplings)
+    assert [len(result.tokens) for result in made] == [3, 3, 0]
+    assert made[1].tokens == gated.harness.run(asked[1:2], drawing)[0].tokens
     for result, (prompt, _), oracle in zip(
         made, asked, (gated.pool.oracle(alpha), None, gated.oracles["dora"]), strict=True
     ):
         features = [event.feature for event in result.events]
-        assert [feature is None for feature in features] == [oracle is None, True, True]
+        assert [feature is None for feature in features] == [oracle is None, True, True][: len(features)]
         if oracle is not None:
             head_inputs: list[torch.Tensor] = []
             head = oracle.get_output_embeddings()
@@ -199,3 +205,40 @@ def test_a_row_does_not_depend_on_its_neighbours_gates(gated: Gated) -> None:
     crowd: list[tuple[Sequence[int], Using]] = [([7, 8], [("users", factors(chance, 4))]) for _ in range(30)]
     among = gated.harness.logits([*crowd[:15], mine, *crowd[15:]])[15]
     TOLERANCES["logits", torch.float32].assert_close(among, alone)
+
+
+def test_without_tokens_to_draw_the_head_computes_nothing(gated: Gated) -> None:
+    """Features alone: the head of a large vocabulary is a tenth of a short prompt's work."""
+    head, rows = gated.harness.loaded.model.get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda *seen: rows.append(seen[-1].shape[-2]))
+    asked: list[tuple[Sequence[int], Using]] = [([4, 5, 6], "dora"), ([7] * 20, None), ([8, 9], None)]
+    feature = replace(GREEDY, max_tokens=0, feature=True)
+    made = gated.harness.run(asked, samplings=[feature, feature, replace(GREEDY, max_tokens=1)])
+    only = gated.harness.run(asked, feature)
+    handle.remove()
+    assert rows == [1, 0]
+    for one, other in zip(made[:2], only, strict=False):
+        TOLERANCES["logits", torch.float32].assert_close(one.events[0].feature, other.events[0].feature)
+
+
+def test_members_that_never_moved_are_the_base_bit_by_bit(tmp_path: Path) -> None:
+    """Each member is its start, (B_0, A_0): whatever α, no weight changes."""
+    model = next(iter(FAMILIES.values()))()
+    file = amt()(model, tmp_path / "pool", 5).folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        tensors[key] = tensors[re.sub(r"\.(\d+|initial)\.weight$", ".initial.weight", key)].clone()
+    save_file(tensors, file)
+    harness = Harness(model)
+    harness.load("pool", file.parent)
+    usings: list[Using] = [[("pool", (0.5, 0.25, 0.25, 0.0))], None]
+    merged, base = (harness.logits([([4, 5, 6], using)]) for using in usings)
+    assert torch.equal(merged, base)
+
+
+def test_a_feature_that_overflows_is_an_error(gated: Gated) -> None:
+    """No logits tell, where nothing is drawn."""
+    asked: list[tuple[Sequence[int], Using]] = [([4, 5], [("rslora", (1e38,))]), ([4, 5], None)]
+    broken, fine = gated.harness.run(asked, replace(GREEDY, max_tokens=0, feature=True))
+    assert "'rslora' computed NaN or infinity" in (broken.events[-1].error or "")
+    assert (fine.events[-1].error, fine.events[-1].finish) == (None, "length")

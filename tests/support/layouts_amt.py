@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -55,6 +57,23 @@ class PoolLayout:
                 weight_OI = merged.get_submodule(target).weight
                 weight_OI.copy_(weight_OI.double() + self.delta(target, alpha))
         return merged
+
+    def trimmed(self, alpha: Sequence[float], share: float) -> tuple[Any, dict[str, float]]:
+        """That model with the best approximation of rank ⌊share·min(O, I)⌋ of each merged weight, by NumPy's SVD.
+
+        Returns:
+            The model, and target → ‖W' - W'_p‖/‖W'‖.
+        """
+        model = self.oracle(alpha)
+        errors: dict[str, float] = {}
+        for target in self.members:
+            weight_OI = model.get_submodule(target).weight
+            u_OK, values_K, v_KI = np.linalg.svd(weight_OI.detach().double().numpy(), full_matrices=False)
+            rank = math.floor(share * len(values_K))
+            errors[target] = float(np.linalg.norm(values_K[rank:]) / np.linalg.norm(values_K))
+            with torch.no_grad():
+                weight_OI.copy_(torch.from_numpy(u_OK[:, :rank] * values_K[:rank] @ v_KI[:rank]))
+        return model, errors
 
 
 Maker = Callable[[Any, Path, int], PoolLayout]

@@ -20,6 +20,10 @@ BASE = base_of_names(["q"])
 SIZE = residency_of(BASE).bytes_needed(lowered())
 
 
+def version(number: int) -> AdapterVersion:
+    return AdapterVersion("merged", Digest(f"{number:064x}"))
+
+
 class Made:
     """Derived adapters in an arena of a few places; remembers in which order they were made."""
 
@@ -30,11 +34,11 @@ class Made:
         self.order: list[int] = []
 
     def acquire(self, number: int) -> Lease:
-        def make() -> Lowered:
+        def make() -> tuple[Lowered, None]:
             self.order.append(number)
-            return lowered(number)
+            return lowered(number), None
 
-        return self.derived.acquire(AdapterVersion("merged", Digest(f"{number:064x}")), make)
+        return self.derived.acquire(version(number), make)
 
     def use(self, number: int) -> None:
         self.leases.release(self.acquire(number))
@@ -130,14 +134,64 @@ def test_a_loaded_adapter_takes_the_room_of_those_nobody_uses() -> None:
     assert made.order == [1, 2]
 
 
+def test_what_lies_beside_the_arena_takes_their_room_too() -> None:
+    """The exact form of a lossy load: its pairs lie in the arena like any other's."""
+    made = Made(2)
+    held = made.acquire(1)
+    made.use(2)
+    slot = made.derived.place_beside(lowered(7))
+    assert made.used == 2
+    assert slot != held.slot
+    with pytest.raises(ArenaFullError):
+        made.derived.place_beside(lowered(8))
+    made.use(1)
+    assert made.order == [1, 2]
+
+
+def test_dropped_once_nobody_uses_it() -> None:
+    made = Made(2)
+    held = made.acquire(1)
+    made.derived.drop(version(1))
+    assert (made.derived.find(version(1)), made.used) == (None, 1)
+    made.leases.release(held)
+    assert made.used == 0
+    made.use(1)
+    assert made.order == [1, 1]
+    made.derived.drop(version(1))
+    made.derived.drop(version(1))
+    assert made.used == 0
+
+
+def test_others_are_found_while_one_is_made() -> None:
+    """A decomposition takes seconds; requests of what is there must not wait for it."""
+    made, begun, go_on = Made(4), threading.Event(), threading.Event()
+    made.use(1)
+
+    def slow() -> tuple[Lowered, None]:
+        begun.set()
+        assert go_on.wait(10)
+        return lowered(2), None
+
+    with ThreadPoolExecutor(1) as threads:
+        making = threads.submit(made.derived.acquire, version(2), slow)
+        assert begun.wait(10)
+        made.use(1)
+        made.use(3)
+        made.derived.place(lowered(7))
+        assert made.used == 3
+        go_on.set()
+        assert making.result(10).version == version(2)
+    assert made.order == [1, 3]
+
+
 def test_one_that_cannot_be_made_leaves_nothing() -> None:
     made = Made(1)
 
-    def fail() -> Lowered:
+    def fail() -> tuple[Lowered, None]:
         raise GateError("adapters", "no")
 
     with pytest.raises(GateError):
-        made.derived.acquire(AdapterVersion("merged", Digest("f" * 64)), fail)
+        made.derived.acquire(version(1), fail)
     assert made.used == 0
     made.use(1)
     assert made.used == 1

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from motet.adapters import golden
+from motet.adapters.effects import GateSpec, Lowered
 from motet.adapters.errors import ConfigError, CorruptSourceError, GoldenError, SourceError, UnsafePathError
-from motet.adapters.golden import GOLDEN_FILE, Golden, GoldenPrompt, compare, parse, read
+from motet.adapters.golden import GOLDEN_FILE, Golden, GoldenPrompt, compare, parse
 
 PROMPT: dict[str, Any] = {"tokens": [5, 6, 7], "logprobs": [-0.5, -2]}
 CONTENT: dict[str, Any] = {"tolerance": 0.1, "prompts": [PROMPT]}
 PARSED = Golden(0.1, (GoldenPrompt((5, 6, 7), (-0.5, -2.0)),))
+
+PLAIN = Lowered("lora", "plain", "alpha/r", {}, 0)
+POOL = replace(PLAIN, gate=GateSpec("pool", 2, {}, facts={"scale_cls": None, "bias_cls": None}))
+
+
+def read(folder: Path, lowered: Lowered = PLAIN) -> Golden | None:
+    return golden.read(folder, lowered)
 
 
 def written(folder: Path, content: object) -> Path:
@@ -65,11 +74,33 @@ def test_what_is_written_is_read_exactly() -> None:
         {"prompts": [{**PROMPT, "logprobs": [-1, float("-inf")]}]},
         {"prompts": [{**PROMPT, "logprobs": [-1, float("nan")]}]},
         {"comment": "x"},
+        {"gate": None},
+        {"gate": 0.5},
+        {"gate": {"weights": [0.5, 0.5]}},
+        {"gate": [0.5, "0.5"]},
+        {"gate": [True, 0]},
+        {"gate": [float("nan"), 1]},
     ],
 )
 def test_what_it_cannot_say(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"golden\.json"):
         read(written(tmp_path, {**CONTENT, **change}))
+
+
+def test_the_gate_is_the_adapters(tmp_path: Path) -> None:
+    gated = {**CONTENT, "gate": [0.25, 0.75]}
+    found = read(written(tmp_path, gated), POOL)
+    assert found == replace(PARSED, gate=(0.25, 0.75))
+    assert json.loads(golden.dump(found)) == {**gated, "prompts": [{"tokens": [5, 6, 7], "logprobs": [-0.5, -2.0]}]}
+    for content, lowered, said in (
+        (CONTENT, POOL, "give 2 weights"),
+        (gated, PLAIN, "has no gate"),
+        ({**CONTENT, "gate": [0.25, 0.25]}, POOL, "sum"),
+        ({**CONTENT, "gate": [1]}, POOL, "1 numbers"),
+    ):
+        with pytest.raises(GoldenError, match=r"gate of golden\.json") as error:
+            read(written(tmp_path, content), lowered)
+        assert said in str(error.value)
 
 
 @pytest.mark.parametrize("key", CONTENT)

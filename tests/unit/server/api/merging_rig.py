@@ -32,6 +32,7 @@ class Recording(Scorer):
         self._scorer = scorer
         self.waves: list[list[list[int]]] = []
         self.failing = False
+        self.running = self.most_running = 0
 
     @property
     def most_tokens(self) -> int:
@@ -45,7 +46,12 @@ class Recording(Scorer):
         self.waves.append([list(question.prompt) for question in questions])
         if self.failing:
             raise ScoringError("the step failed")
-        return await self._scorer.features(questions)
+        self.running += len(questions)
+        self.most_running = max(self.most_running, self.running)
+        try:
+            return await self._scorer.features(questions)
+        finally:
+            self.running -= len(questions)
 
 
 class Rig:

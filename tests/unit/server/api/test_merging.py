@@ -15,7 +15,6 @@ import torch
 from motet.adapters.errors import AdapterNotFoundError, GateError
 from motet.server.api import merging as merging_module
 from motet.server.api.merged import Ask
-from motet.server.api.merging import WAVE
 from motet.server.api.scoring import Question, ScoringError
 from tests.support.layouts_amt import amt
 from tests.support.models import load_dense
@@ -152,7 +151,8 @@ def test_a_failure_is_not_remembered(during: Any) -> None:
         asks = [rig.merging.make("pool", Ask(SUPPORT), 60) for _ in range(3)]
         failures = await asyncio.gather(*asks, return_exceptions=True)
         assert [type(failure) for failure in failures] == [ScoringError] * 3
-        assert len(rig.scorer.waves) == 1
+        assert len(rig.scorer.prompts) <= 4 * len(SUPPORT)
+        assert rig.scorer.running == 0
         rig.scorer.failing = False
         assert (await rig.merging.make("pool", Ask(SUPPORT), 60)).labels == ("a", "b", "c")
 
@@ -198,7 +198,7 @@ def test_a_replaced_pool_takes_its_merges_along(during: Any, root: Path) -> None
         merged = await rig.merging.make("pool", Ask(SUPPORT, weights="uniform"), 600)
         registry.load("pool", root / "equal", replace=True)
         with pytest.raises(AdapterNotFoundError):
-            rig.merging.acquire(merged)
+            await rig.merging.applied(merged)
         with pytest.raises(AdapterNotFoundError):
             await rig.merging.classify(merged, {"input.0": "a"})
         assert rig.merging.find(merged.name) is None
@@ -221,18 +221,18 @@ def test_a_pool_replaced_while_it_is_merged(during: Any, root: Path) -> None:
         rig.service.registry.load("pool", root / "unmoved", replace=True)
         merged = await making
         with pytest.raises(AdapterNotFoundError):
-            rig.merging.acquire(merged)
+            await rig.merging.applied(merged)
 
     during(scenario)
 
 
-def test_a_large_support_comes_in_waves(during: Any) -> None:
+def test_a_large_support_is_in_flight_in_part(during: Any) -> None:
     async def scenario(rig: Rig) -> None:
-        support = tuple((f"the fox {number}", str(number % 2)) for number in range(WAVE // 2 + 1))
+        rig.merging.in_flight = 7
+        support = tuple((f"the fox {number}", str(number % 2)) for number in range(20))
         merged = await rig.merging.make("pool", Ask(support), 60)
-        sizes = [len(wave) for wave in rig.scorer.waves]
-        assert max(sizes) == WAVE
-        assert sum(sizes) == 5 * len(support)
+        assert rig.scorer.most_running == 7
+        assert len(rig.scorer.prompts) == 5 * len(support)
         alone = [await rig.merging.classify(merged, {"input.0": text}) for text, _ in support]
         together_SC, tokens = await rig.merging.classify(
             merged, {str(at): text for at, (text, _) in enumerate(support)}

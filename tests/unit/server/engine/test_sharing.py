@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from motet.server.engine.types import GivenInput
+from motet.server.engine.types import FinishReason, GivenInput, SpanResult
 from tests.unit.server.engine.steps import commit, generation, scheduler, step
 
 
@@ -59,3 +59,20 @@ def test_a_feature_is_asked_for_at_the_last_token_of_the_prompt_only() -> None:
         asked.append(plan.spans[0].feature)
         commit(s, plan)
     assert asked == [False, True, False, False]
+
+
+def test_a_feature_alone_ends_its_generation() -> None:
+    """Nothing is drawn for it, so nothing is computed by the head."""
+    s = scheduler(rows=3)
+    s.add(generation(0, list(range(5)), feature=True, max_tokens=0))
+    first = s.plan()
+    assert s.commit(first, [SpanResult(None)]) == ([], [])
+    last = s.plan()
+    assert [(span.draw, span.feature) for plan in (first, last) for span in plan.spans] == [
+        (False, False),
+        (False, True),
+    ]
+    (event,), (ended,) = s.commit(last, [SpanResult(None, feature="read")])
+    assert (event.token, event.feature, event.finish, ended.id) == (None, "read", FinishReason.LENGTH, 0)
+    assert s.running == s.waiting == 0
+    assert s.blocks.spare == s.blocks.size
