@@ -30,9 +30,10 @@ serve: $(VENV)/.installed
 	if [ -n "$$PORT" ]; then set -- "$$@" --port "$$PORT"; fi; \
 	exec $(BIN)/motet serve "$$@"
 
-# pytest's summary is the last line. Without kubectl the manifests' render tests are skipped, or fail where CI is set.
+# pytest's summary is the last line. Without kubectl or the other clients their tests are skipped, or fail where CI is set.
 test: $(VENV)/.installed-dev
 	@[ -x build/tools/kubectl ] || $(BIN)/python -m tests.unit.deploy.kubectl || echo 'kubectl could not be fetched'
+	@[ -x build/tools/clients/bin/python ] || $(BIN)/python -m tests.e2e.clients.environment || echo 'no other clients'
 	@exec $(BIN)/python -m pytest $(ARGS)
 
 lint: dev

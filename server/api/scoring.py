@@ -102,13 +102,13 @@ class Scorer:
         return torch.stack([event.class_logits for event in await self.first_tokens(questions, FEATURE)])
 
     async def first_tokens(self, questions: Sequence[Question], sampling: Sampling) -> list[TokenEvent]:
-        """What the engine says with the first token that it draws for each prompt.
+        """What the engine says of each prompt's end: with the first token drawn, or with the feature alone.
 
         Raises:
             ScoringError: a prompt does not fit the base model, or its step failed.
         """
         events = self._events(questions, sampling)
-        found = {index: event async for index, event in events if event.token is not None}
+        found = {index: event async for index, event in events if event.token is not None or event.feature is not None}
         return [found[index] for index in range(len(questions))]
 
     async def _events(self, questions: Sequence[Question], sampling: Sampling) -> AsyncIterator[tuple[int, TokenEvent]]:

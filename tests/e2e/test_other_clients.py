@@ -1,42 +1,39 @@
-"""What LangChain and LiteLLM leave of an answer's uncertainty.
-
-They need other versions of shared packages than the server's tests do, so that they live in an environment of their
-own, whose Python MOTET_CLIENTS_PYTHON names: `python -m venv DIR; DIR/bin/pip install litellm langchain-openai`.
-"""
+"""What LangChain and LiteLLM leave of an answer's uncertainty; they run in an environment of their own."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.clients import environment
 from tests.e2e.headed import Headed
 
 PROMPT = "<user>the quick brown fox\n<assistant>"
 
 
-def run(headed: Headed, package: str) -> Any:
-    """The JSON that the package's program prints."""
-    python = os.environ.get("MOTET_CLIENTS_PYTHON")
-    if python is None and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not here: MOTET_CLIENTS_PYTHON names no environment that has it")
-    program = Path(__file__).parent / "clients" / f"{package.partition('_')[0]}_program.py"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python or sys.executable, str(program), headed.server.url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+def run(headed: Headed, client: str) -> Any:
+    """The JSON that the client's program prints."""
+    if (python := environment.find()) is None:
+        message = "no environment of other clients: run `python -m tests.e2e.clients.environment`"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    program = Path(__file__).parent / "clients" / f"{client}_program.py"
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, program, headed.server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
 def test_langchain(headed: Headed) -> None:
     """Keeps what lies in `logprobs`, streamed too, and the header; without log-probabilities nothing is left."""
-    found = run(headed, "langchain_openai")
+    found = run(headed, "langchain")
     for logprobs in (found["whole"], found["streamed"]):
         headed.check("dense", headed.ids(PROMPT), logprobs["uncertainty"])
         assert [one["uncertainty"]["calibrated"] for one in logprobs["content"]] == [False] * 4
