@@ -7,6 +7,7 @@ the first request: unknown attention features, and a paged forward that disagree
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,8 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
         check = SelfCheck(model)
         attention, step, head_step = PagedAttention(), ActiveStep(), ActiveStep()
         attention_name = next(_attention_names)
-        ALL_ATTENTION_FUNCTIONS.register(attention_name, attention)
+        # The table is global and forgets nothing: it must not keep the cache of a model that is gone.
+        ALL_ATTENTION_FUNCTIONS.register(attention_name, weakref.proxy(attention))
         model.set_attn_implementation(attention_name)
         digest = fingerprint(model)
         head_path = _path(model, model.get_output_embeddings())
