@@ -233,5 +233,5 @@ def test_there_is_nothing_to_verify(folder: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     config = ServeConfig(str(folder), device="cpu", adapter_memory="1MiB")
     with pytest.raises(OptionError, match="takes images: there are no log-probabilities"):
-        comparison.of_folder(config, tmp_path, Declared(), ["a"], None, lambda _: None)
+        comparison.of_folder(config, tmp_path, Declared(), None, ["a"], None, lambda _: None)
     torch.set_num_threads(threads)
