@@ -55,7 +55,9 @@ def test_a_run_that_the_results_hold_is_left_out(
         ("One", {"word": "one"}, {"letters": 3}),
         ("Seven", {"word": "seven"}, {"letters": 5}),
     ]
-    assert all(line["versions"].keys() == {"torch"} and line["machine"].keys() >= {"cpu", "git_commit"} for line in lines)
+    assert all(
+        line["versions"].keys() == {"torch"} and line["machine"].keys() >= {"cpu", "git_commit"} for line in lines
+    )
     assert str(tmp_path) not in results.read_text()
     assert capsys.readouterr().out == "One 3\nSeven 5\n"
     plan(measured).carry_out(options)
