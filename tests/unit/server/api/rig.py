@@ -118,9 +118,9 @@ class Running:
     async def post(self, path: str = "/v1/completions", **change: Any) -> httpx.Response:
         return await self.client.post(path, json={**BODY, **change})
 
-    async def administer(self, method: str, path: str, **body: Any) -> httpx.Response:
+    async def administer(self, method: str, path: str, headers: Any = None, **body: Any) -> httpx.Response:
         """A request of the administrator."""
-        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}", **(headers or {})}
         return await self.client.request(method, path, json=body or None, headers=headers)
 
     async def eventually(self, look: Callable[[], bool]) -> None:
