@@ -5,8 +5,10 @@ Must not know: names, versions, what is in a folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,8 +52,21 @@ class Origin:
         return cls(**json.loads(text))
 
 
-Resolve = Callable[[Origin], tuple[Path, Declared]]
-"""Finds the folders of an origin.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An origin as folders of this machine.
+
+    Attributes:
+        origin: what finds exactly this again, where the one that was asked for may come to mean something else.
+    """
+
+    folder: Path
+    declared: Declared
+    origin: Origin
+
+
+Resolve = Callable[[Origin], AbstractContextManager[Found]]
+"""Finds the folders of an origin, which stay until the block is left.
 
 Raises AdapterError when one is not there or may not be read, or the lossy form does not exist.
 """
@@ -60,13 +75,14 @@ Raises AdapterError when one is not there or may not be read, or the lossy form 
 def folders(roots: Sequence[Path]) -> Resolve:
     """Folders below the adapter roots; anywhere, where the origin is trusted."""
 
-    def resolve(origin: Origin) -> tuple[Path, Declared]:
+    @contextlib.contextmanager
+    def resolve(origin: Origin) -> Iterator[Found]:
         source, initial, residual = (
             None if path is None else Path(path) if origin.trusted else confine(Path(path), roots)
             for path in (origin.source, origin.initial, origin.residual)
         )
         assert source is not None
         form = None if origin.approximate is None else LossyForm.parse(origin.approximate)
-        return source, Declared(initial, residual, origin.trained_on_base, form)
+        yield Found(source, Declared(initial, residual, origin.trained_on_base, form), origin)
 
     return resolve

@@ -45,6 +45,7 @@ class Prepared:
 
     resident: Resident
     receipt: Receipt
+    origin: Origin
 
 
 class Publishing:
@@ -89,13 +90,14 @@ class Publishing:
         cached = self._cache.get(self._base.fingerprint, version.digest) if self._cache else None
         if cached is not None:
             return cached
-        found = lower(*self._resolve(origin), self._base, self._cache)
-        if found.digest != version.digest:
+        with self._resolve(origin) as found:
+            lowering = lower(found.folder, found.declared, self._base, self._cache)
+        if lowering.digest != version.digest:
             raise SourceChangedError(
                 f"adapter {version.name!r} is published with digest {version.digest}, but its source has digest "
-                f"{found.digest} by now; load it again to serve what its source holds"
+                f"{lowering.digest} by now; load it again to serve what its source holds"
             )
-        return found.lowered
+        return lowering.lowered
 
     def prepare(self, name: str, origin: Origin, expected: Digest | None = None) -> Prepared:
         """Read, check, lower and place an adapter; it stays until it is retired.
@@ -109,14 +111,14 @@ class Publishing:
 
         Note: waits for the engine where the folder has golden log-probabilities, and where a lossy form is asked for.
         """
-        folder, declared = self._resolve(origin)
-        lowering, facts = self.examine(folder, declared)
+        with self._resolve(origin) as found:
+            lowering, facts = self.examine(found.folder, found.declared)
+            vouched = golden.read(found.folder, lowering.lowered) if self._check else None
         if expected is not None and lowering.digest != expected:
             raise SourceChangedError(
                 f"the source of adapter {name!r} has digest {lowering.digest}, not {expected}; give the digest that it "
                 "has, or publish what it holds as a new version"
             )
-        vouched = golden.read(folder, lowering.lowered) if self._check else None
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
             slot = self._derived.place_beside(lowering.exact.lowered)
@@ -132,7 +134,7 @@ class Publishing:
         except BaseException:
             self._leases.retire(resident)  # a lease of the check may still be on its way back
             raise
-        return Prepared(resident, facts)
+        return Prepared(resident, facts, found.origin)
 
     def _place(self, name: str, lowering: Lowering) -> Resident:
         lowered = lowering.lowered

@@ -96,7 +96,7 @@ class Registry:
         act = Act(terms.actor, "publish", name)
         with self._change(act, terms.condition, prepares=True) as named:
             prepared = self._publishing.prepare(name, origin, terms.digest)
-            return self._move(act, named, prepared, origin, terms)
+            return self._move(act, named, prepared, terms)
 
     def rollback(self, name: str, to: str | None, terms: Terms) -> AdapterInfo:
         """Publish a kept version again, exactly.
@@ -115,7 +115,7 @@ class Registry:
             assert named is not None
             version = named.version(to)
             prepared = self._publishing.prepare(name, version.origin, version.digest)
-            return self._move(act, named, prepared, version.origin, terms)
+            return self._move(act, named, prepared, terms)
 
     def restore(self, report: Callable[[str], None], besides: Collection[str] = ()) -> None:
         """Serve what the catalogue has. A name that cannot be restored answers with its error until it is published.
@@ -268,15 +268,15 @@ class Registry:
             with self._lock:
                 del self._changing[act.name]
 
-    def _move(self, act: Act, named: Named | None, prepared: Prepared, origin: Origin, terms: Terms) -> AdapterInfo:
+    def _move(self, act: Act, named: Named | None, prepared: Prepared, terms: Terms) -> AdapterInfo:
         """Let the name mean the version: on the disk first, then for requests."""
         pinned = (named is not None and named.pinned) if terms.pinned is None else terms.pinned
         quota = ({} if named is None else named.quota) if terms.quota is None else terms.quota
         try:
-            at_s = self.catalogue.publish(act, prepared.resident.version.digest, origin, pinned, quota)
+            at_s = self.catalogue.publish(act, prepared.resident.version.digest, prepared.origin, pinned, quota)
         except BaseException:
             self.leases.retire(prepared.resident)
             raise
-        entry = Entry(prepared.resident, prepared.receipt, origin, at_s, pinned, quota)
+        entry = Entry(prepared.resident, prepared.receipt, prepared.origin, at_s, pinned, quota)
         self._pointers.move(act.name, entry)
         return entry.info
