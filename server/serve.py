@@ -24,6 +24,7 @@ from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
+from motet.adapters.tiers import Tiers
 from motet.server.api.app import create_app
 from motet.server.api.classifying import Classifying
 from motet.server.api.measuring import no_score, text_score
@@ -216,7 +217,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
-    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits)
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, Tiers())
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)

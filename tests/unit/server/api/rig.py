@@ -30,6 +30,7 @@ from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult, TokenLogprobs
 from motet.server.metrics import Metrics
 from tests.support.bases import residency_of
+from tests.support.fake_memory import FakeMemory
 from tests.support.tokenizer import byte_tokenizer
 
 TOKENIZER: Any = byte_tokenizer()
@@ -89,7 +90,7 @@ class Running:
             config={"hidden_size": 4},
         )
         self.runner = CountingRunner()
-        self.scheduler = Scheduler(BlockPool(64, 4), limits)
+        self.scheduler = Scheduler(BlockPool(64, 4), limits, FakeMemory())
         loop = asyncio.get_running_loop()
         streams = Streams(loop)
         engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
