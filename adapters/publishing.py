@@ -23,8 +23,8 @@ from motet.adapters.lowering import Lowering, lower
 from motet.adapters.mixture import obstacle
 from motet.adapters.origin import Origin, Resolve
 from motet.adapters.receipt import Receipt, receipt
-from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
+from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion, Digest
 
 Check = Callable[[Golden, Callable[[], Lease]], None]
@@ -60,7 +60,7 @@ class Publishing:
     def __init__(
         self,
         base: BaseModel,
-        residency: Residency,
+        tiers: Tiers,
         leases: Leases,
         derived: Derived,
         cache: LoweredCache | None,
@@ -68,7 +68,7 @@ class Publishing:
         score: Score | None,
         resolve: Resolve,
     ) -> None:
-        self._base, self._residency, self._leases, self._derived = base, residency, leases, derived
+        self._base, self._tiers, self._leases, self._derived = base, tiers, leases, derived
         self._cache, self._check, self._score, self._resolve = cache, check, score, resolve
 
     def examine(self, folder: Path, declared: Declared) -> tuple[Lowering, Receipt]:
@@ -78,7 +78,7 @@ class Publishing:
             AdapterError: the adapter is refused.
         """
         lowering = lower(folder, declared, self._base, self._cache)
-        return lowering, receipt(lowering, self._base, self._residency.bytes_needed)
+        return lowering, receipt(lowering, self._base, self._tiers.residency.bytes_needed)
 
     def lowered(self, version: AdapterVersion, origin: Origin) -> Lowered:
         """What a version was lowered to: from the cache, or by lowering its source again.
@@ -99,11 +99,12 @@ class Publishing:
             )
         return lowering.lowered
 
-    def prepare(self, name: str, origin: Origin, expected: Digest | None = None) -> Prepared:
-        """Read, check, lower and place an adapter; it stays until it is retired.
+    def prepare(self, name: str, origin: Origin, expected: Digest | None, pinned: bool) -> Prepared:
+        """Read, check, lower and take in an adapter; it exists until it is retired.
 
         Args:
             expected: the digest that it must have.
+            pinned: whether it is to stay on the device.
 
         Raises:
             SourceChangedError: it has another one.
@@ -121,12 +122,14 @@ class Publishing:
             )
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
-            slot = self._derived.place_beside(lowering.exact.lowered)
-            exact = Resident(AdapterVersion(name, lowering.exact.digest), slot)
+            exact = Resident(AdapterVersion(name, lowering.exact.digest))
+            self._tiers.place_beside(exact, lowering.exact.lowered)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
-        resident = self._place(name, lowering)
+        resident = self._admit(name, lowering, found.origin)
         try:
+            if pinned:
+                self._tiers.pin(resident)
             if self._check is not None and vouched is not None:
                 self._check(vouched, lambda: self._leases.take(resident))
             if self._score is not None and exact_logprobs is not None:
@@ -136,15 +139,17 @@ class Publishing:
             raise
         return Prepared(resident, facts, found.origin)
 
-    def _place(self, name: str, lowering: Lowering) -> Resident:
-        lowered = lowering.lowered
+    def _admit(self, name: str, lowering: Lowering, origin: Origin) -> Resident:
+        lowered, version = lowering.lowered, AdapterVersion(name, lowering.digest)
         gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
+        resident = Resident(version, lowering.own, gate, unmixable, lowering.head)
+        packed = self._tiers.residency.pack(lowered)
         try:
-            slot = self._derived.place(lowered)
+            self._derived.admit(resident, packed, lambda: self.lowered(version, origin))
         except ArenaFullError as error:
-            exact = lowering.exact or lowering
-            raise ArenaFullError(f"{error}{offer(exact.lowered, self._base, self._residency.bytes_needed)}") from None
-        return Resident(AdapterVersion(name, lowering.digest), slot, lowering.own, gate, unmixable, lowering.head)
+            exact, needed = lowering.exact or lowering, self._tiers.residency.bytes_needed
+            raise ArenaFullError(f"{error}{offer(exact.lowered, self._base, needed)}") from None
+        return resident
 
     def _scored_exactly(self, exact: Resident, vouched: Golden | None) -> Sequence[Sequence[float]]:
         """What an unpublished exact form says of the fixed texts, for the last time; golden values are checked too."""
