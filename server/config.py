@@ -41,12 +41,21 @@ class ServeConfig:
         "NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base][,approximate=FORM] of an adapter to load at the "
         "start; repeatable.",
     )
+    catalogue: str | None = _option(
+        None, "File that keeps published names, versions and the audit trail; without it they end with the process."
+    )
+    versions_kept: int = _option(5, "Versions of each name that can be rolled back to, the current one included.")
     adapter_root: tuple[str, ...] = _option((), "Folder below which adapters may be loaded at run time; repeatable.")
     api_key_file: str | None = _option(None, "File with one inference key per line; without keys inference is open.")
     admin_key_file: str | None = _option(
         None, "File with one admin key per line; without one administration is closed."
     )
     adapter_memory: str = _option("auto", "Bytes for resident adapters, such as 2GiB.")
+    host_memory: str = _option(
+        "auto",
+        "Bytes for adapters in the server's own memory, from where they come to the device; auto is 4GiB, but at most "
+        "a quarter of the machine's memory.",
+    )
     adapter_cache: str = _option(
         "auto", "Folder that keeps lowered adapters, or off; auto is motet/lowered in the user's cache."
     )

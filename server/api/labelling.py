@@ -15,6 +15,7 @@ from motet.adapters.errors import GateError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.heads import HeadFile
 from motet.adapters.lease import Lease
+from motet.adapters.version import AdapterVersion
 from motet.server.api import uses
 from motet.server.api.heads import Asking
 from motet.server.api.inputs import Prompt
@@ -39,6 +40,11 @@ class Labeller:
 
     service: Service
     lease: Lease | None
+
+    @property
+    def versions(self) -> list[AdapterVersion]:
+        """The adapter's, or none."""
+        return [] if self.lease is None else [self.lease.version]
 
     @property
     def head(self) -> HeadFile | None:
@@ -123,7 +129,7 @@ class Labeller:
                     "model", f"adapter {name!r} answers by its user, whom only /v1/completions and chat are told"
                 )
             applied.append(await uses.gated(self.lease, None))
-            vocabulary = registry.residency.vocabulary(self.lease.slot)
+            vocabulary = self.lease.resident.vocabulary
         questions = [
             Question(prompt.tokens, lambda: uses.renewed(registry, applied), vocabulary, prompt.given)
             for prompt in prompts
