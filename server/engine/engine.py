@@ -115,7 +115,10 @@ class Engine:
     ) -> None:
         """Queue a prompt; from here on the engine owns the leases. May be called from any thread."""
         assert prompt, "a prompt has at least one token"
-        self._post(Generation(generation, list(prompt), len(prompt), sampling, tuple(applied), given or {}))
+        now_s = time.monotonic()
+        self._post(
+            Generation(generation, list(prompt), len(prompt), sampling, tuple(applied), given or {}, submitted_s=now_s)
+        )
 
     def cancel(self, generation: GenerationId) -> None:
         """End a generation early; does nothing when it has ended. May be called from any thread."""
