@@ -27,10 +27,11 @@ from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
 from motet.server.api.app import create_app
 from motet.server.api.classifying import Classifying
+from motet.server.api.keys import KeyLineError, Keys
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
 from motet.server.api.scoring import Scorer, golden_check
-from motet.server.api.service import Keys, Service
+from motet.server.api.service import Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
 from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
 from motet.server.draining import DrainingServer
@@ -120,10 +121,13 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     Raises:
         OptionError, ModelError, AdapterError: something the options name cannot be served.
     """
-    keys = Keys(
-        inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
-        admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
-    )
+    try:
+        keys = Keys(
+            inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
+            admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
+        )
+    except KeyLineError as error:
+        raise OptionError(f"--api-key-file or --admin-key-file: {error}") from error
     adapters = tuple(parse_adapter(text) for text in config.adapter)
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()

@@ -16,8 +16,10 @@ from motet.server.api import uncertainty
 from motet.server.api.errors import ApiError, bad_request
 from motet.server.api.given import inputs_of
 from motet.server.api.labelling import Labeller, leased
+from motet.server.api.merged import Merged
 from motet.server.api.schemas import ClassifyBody
 from motet.server.api.service import Service
+from motet.server.api.visit import visit_of
 
 MOST_INPUTS = 512
 
@@ -33,15 +35,22 @@ def router(service: Service) -> APIRouter:
         given = inputs_of(body.input, takes)
         if not 1 <= len(given) <= MOST_INPUTS:
             raise bad_request(f"input has {len(given)} {takes}s; 1 to {MOST_INPUTS} are possible", "input")
-        header = request.headers.get(uncertainty.HEADER)
-        found = None
-        if service.merging.find(body.model) is None:
-            async with leased(service, body.model) as labeller:
+        header, caller = request.headers.get(uncertainty.HEADER), visit_of(request).caller
+        merged, found = service.known_merge(body.model, caller), None
+        if merged is None:
+            async with leased(service, body.model, caller) as labeller:
+                name = labeller.name
                 if labeller.head is not None:
-                    found = await _by_head(labeller, labeller.head, body, given, header)
+                    with service.admission.admitted(caller, [name], tokens=0) as ticket:
+                        found = await _by_head(labeller, labeller.head, body, given, header)
+                        ticket.tokens = found[1]
+        else:
+            name = merged.pool.name
         if found is None:
             _asked(body, header, None, len(given))
-            found = await _by_classifier(service, body.model, given)
+            with service.admission.admitted(caller, [name], tokens=0) as ticket:
+                found = await _by_classifier(service, body.model, merged, given)
+                ticket.tokens = found[1]
         rows, tokens = found
         return {
             "object": "list",
@@ -67,9 +76,10 @@ async def _by_head(
     return rows, sum(len(prompt.tokens) for prompt in prompts)
 
 
-async def _by_classifier(service: Service, model: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], int]:
+async def _by_classifier(
+    service: Service, model: str, merged: Merged | None, given: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], int]:
     """Of a merge or of the base."""
-    merged = service.merging.find(model)
     try:
         if merged is None:
             labels: Sequence[str] = service.base.labels

@@ -18,6 +18,7 @@ from motet.adapters.lease import Lease
 from motet.server.api import uses
 from motet.server.api.heads import Asking
 from motet.server.api.inputs import Prompt
+from motet.server.api.keys import Caller
 from motet.server.api.schemas import MOST_SEED
 from motet.server.api.scoring import FEATURE, Question
 from motet.server.api.service import Service
@@ -39,6 +40,11 @@ class Labeller:
 
     service: Service
     lease: Lease | None
+
+    @property
+    def name(self) -> str:
+        """Of the adapter or the base."""
+        return self.service.base.name if self.lease is None else self.lease.version.name
 
     @property
     def head(self) -> HeadFile | None:
@@ -135,13 +141,13 @@ class Labeller:
 
 
 @contextlib.asynccontextmanager
-async def leased(service: Service, model: str) -> AsyncIterator[Labeller]:
+async def leased(service: Service, model: str, caller: Caller) -> AsyncIterator[Labeller]:
     """What the name means now, until the block is left.
 
     Raises:
         ApiError: there is no such model.
     """
-    lease = service.resolve(model)
+    lease = service.resolve(model, caller)
     try:
         yield Labeller(service, lease)
     finally:

@@ -231,8 +231,8 @@ class Scheduler:
             return False
         generation.blocks = shared + fresh
         generation.computed = len(shared) * self.blocks.block_size
-        self._unqueue(generation.id)
         self._running.append(generation)
+        self._unqueue(generation.id)  # in this order: whoever asks from another thread how many wait sees no gap
         if generation.cached_tokens is None:
             generation.cached_tokens = generation.computed
             generation.queue_s = self._clock() - generation.submitted_s
@@ -254,8 +254,8 @@ class Scheduler:
 
     def _preempt(self, generation: Generation) -> None:
         self.preemptions += 1
-        self._stop(generation)
         self._waiting.add(generation)
+        self._stop(generation)
 
     def _stop(self, generation: Generation) -> None:
         """It runs no longer: its blocks and its adapters' places are free."""

@@ -122,6 +122,7 @@ class Generation:
         blocks: cache blocks, in order of position.
         cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         prompt_reported: positions of the prompt whose log-probabilities were published.
+        counted_to: whom its service is counted to; None counts it to its first adapter.
         arrival: its number in the order of arrival; given by the scheduler.
         submitted_s: when it was submitted, by the scheduler's clock.
         queue_s: from there to its first admission.
@@ -137,13 +138,16 @@ class Generation:
     blocks: list[BlockId] = field(default_factory=list)
     cached_tokens: int | None = None
     prompt_reported: int = 0
+    counted_to: str | None = None
     arrival: int = 0
     submitted_s: float = 0.0
     queue_s: float = 0.0
 
     @property
     def party(self) -> str:
-        """Whom its service is counted to: its adapter's name, of several the first, and empty for the base."""
+        """Whom its service is counted to; empty for the base."""
+        if self.counted_to is not None:
+            return self.counted_to
         return self.applied[0].lease.version.name if self.applied else ""
 
     @property
