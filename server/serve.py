@@ -25,25 +25,29 @@ from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
-from motet.server.api.app import create_app
+from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
-from motet.server.api.keys import KeyLineError, Keys
+from motet.server.api.keys import Keys
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
+from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
-from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
+from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
+from motet.server.engine.policy import Fair, Fcfs
 from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease
+from motet.server.guards import keys_of, limits_of, quotas_of
 from motet.server.metrics import Metrics
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
+from motet.server.slow_headers import PatientProtocol
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -66,6 +70,7 @@ class Assembled:
         adapters: to load once the engine runs.
         threads: processors that a step may compute on.
         report: takes the stages that are still to come.
+        quotas: of adapters, and of keys.
     """
 
     loaded: Loaded
@@ -76,6 +81,8 @@ class Assembled:
     keys: Keys
     threads: int
     report: Report
+    limits: RequestLimits
+    quotas: tuple[Quotas, Quotas]
 
 
 def choose_device(asked: str) -> torch.device:
@@ -121,13 +128,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     Raises:
         OptionError, ModelError, AdapterError: something the options name cannot be served.
     """
-    try:
-        keys = Keys(
-            inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
-            admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
-        )
-    except KeyLineError as error:
-        raise OptionError(f"--api-key-file or --admin-key-file: {error}") from error
+    keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()
@@ -138,7 +139,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
     else:
         steps = vision_steps(config, loaded, residency)
-    return Assembled(loaded, residency, cache, adapters, steps, keys, threads, report)
+    return Assembled(loaded, residency, cache, adapters, steps, keys, threads, report, limits, quotas)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
@@ -190,12 +191,13 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], No
             assembled.report(f"loading adapter {name}")
             await asyncio.to_thread(service.registry.load, name, folder, declared)
         settings = uvicorn.Config(
-            create_app(service),
+            create_app(service, assembled.limits),
             config.host,
             config.port,
             log_level=config.log_level,
             access_log=False,
             lifespan="off",
+            http=PatientProtocol,
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
         await DrainingServer(settings, service, config.drain_timeout, ready).serve()
@@ -221,7 +223,9 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
-    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, Tiers())
+    adapter_quotas, key_quotas = assembled.quotas
+    policy = Fair(adapter_quotas.weight) if config.policy == "fair" else Fcfs()
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, Tiers(), policy)
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
@@ -251,6 +255,8 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         keys=assembled.keys,
         adapter_roots=[Path(root).expanduser() for root in config.adapter_root],
         max_waiting=config.max_waiting,
+        adapter_quotas=adapter_quotas,
+        key_quotas=key_quotas,
     )
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 MOST_BUCKETS = 4096
 """Beyond as many, full buckets are dropped: a new one is full as well."""
@@ -37,6 +38,26 @@ class Quota:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be a positive number")
+
+
+def parse_quota(text: str) -> tuple[str, Quota]:
+    """Name and quota from NAME=[requests:N][,tokens:N][,weight:W].
+
+    Raises:
+        ValueError: it is none; the message says why.
+    """
+    name, equals, rest = text.rpartition("=")
+    words = {"requests": "requests_per_minute", "tokens": "tokens_per_minute", "weight": "weight"}
+    given: dict[str, float] = {}
+    for part in rest.split(","):
+        word, _, number = part.partition(":")
+        if not (equals and name) or word not in words or words[word] in given:
+            raise ValueError(f"{text!r} is not NAME=[requests:N][,tokens:N][,weight:W], each at most once")
+        try:
+            given[words[word]] = float(number)
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {number!r} is no number") from error
+    return name, Quota(**given)
 
 
 class QuotaError(Exception):
@@ -87,6 +108,10 @@ class Quotas:
             self._quotas.pop(name, None)
         else:
             self._quotas[name] = quota
+
+    def named(self) -> Mapping[str, Quota]:
+        """Those that were set."""
+        return MappingProxyType(self._quotas)
 
     def of(self, name: str) -> Quota:
         """The quota of a name, or of every name."""
