@@ -7,6 +7,7 @@ points to is freed with its last lease.
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 import time
@@ -25,17 +26,18 @@ from motet.adapters.errors import (
     AdapterNotFoundError,
     ArenaFullError,
     InvalidNameError,
-    SourceChangedError,
 )
 from motet.adapters.gates.build import build
 from motet.adapters.golden import Golden
 from motet.adapters.heads import HeadFile
+from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease, Leases, Resident
-from motet.adapters.lowering import Lowering, lower
+from motet.adapters.lowering import Lowering, lower, lower_again
 from motet.adapters.mixture import obstacle
 from motet.adapters.receipt import Receipt, receipt
 from motet.adapters.residency import Residency
 from motet.adapters.spec import NOTHING_DECLARED, Declared
+from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
@@ -87,6 +89,7 @@ class Registry:
         check: asked before an adapter with golden log-probabilities is published; None where nothing is published for
             requests, as in `motet adapters inspect`.
         score: asked for both forms of an adapter before a lossy one is published; None where nothing is.
+        tiers: over the residency and the cache; by default with room for HOST_BYTES.
 
     Note: every method may be called from any thread. Files are read and lowered outside of the lock, so that running
     requests never wait for a load.
@@ -99,14 +102,16 @@ class Registry:
         cache: LoweredCache | None = None,
         check: Check | None = None,
         score: Score | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.base = base
         self.residency = residency
         self._cache = cache
         self._check = check
         self._score = score
-        self.leases = Leases(residency)
-        self.derived = Derived(residency, self.leases)
+        self.tiers = tiers or Tiers(residency, HostTier(HOST_BYTES), cache, base.fingerprint)
+        self.leases = Leases(self.tiers.drop)
+        self.derived = Derived(self.tiers, self.leases)
         self._lock = threading.Lock()
         self._published: dict[str, _Entry] = {}
 
@@ -131,11 +136,11 @@ class Registry:
         vouched = golden.read(folder, lowering.lowered) if self._check else None
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
-            slot = self.derived.place_beside(lowering.exact.lowered)
-            exact = Resident(AdapterVersion(name, lowering.exact.digest), slot)
+            exact = Resident(AdapterVersion(name, lowering.exact.digest))
+            self.tiers.place_beside(exact, lowering.exact.lowered)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
-        resident = self._place(name, lowering)
+        resident = self._admit(AdapterVersion(name, lowering.digest), lowering, folder, declared)
         try:
             if self._check is not None and vouched is not None:
                 self._check(vouched, lambda: self.leases.take(resident))
@@ -173,16 +178,7 @@ class Registry:
         with self._lock:
             entry = self._entry(name)
         version = entry.resident.version
-        cached = self._cache.get(self.base.fingerprint, version.digest) if self._cache else None
-        if cached is not None:
-            return version, cached
-        found = lower(entry.folder, entry.declared, self.base, self._cache)
-        if found.digest != version.digest:
-            raise SourceChangedError(
-                f"adapter {name!r} is published with digest {version.digest}, but its source has digest "
-                f"{found.digest} by now; load it again to serve what its source holds"
-            )
-        return version, found.lowered
+        return version, lower_again(version, entry.folder, entry.declared, self.base, self._cache)
 
     def lowered_version(self, version: AdapterVersion) -> Lowered:
         """What a published version was lowered to.
@@ -240,15 +236,17 @@ class Registry:
         with self._lock:
             return self._info(self._entry(name))
 
-    def _place(self, name: str, lowering: Lowering) -> Resident:
+    def _admit(self, version: AdapterVersion, lowering: Lowering, folder: Path, declared: Declared) -> Resident:
         lowered = lowering.lowered
         gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
+        resident = Resident(version, lowering.own, gate, unmixable, lowering.head)
+        again = functools.partial(lower_again, version, folder, declared, self.base, self._cache)
         try:
-            slot = self.derived.place(lowered)
+            self.derived.admit(resident, self.residency.pack(lowered), again)
         except ArenaFullError as error:
             exact = lowering.exact or lowering
             raise ArenaFullError(f"{error}{offer(exact.lowered, self.base, self.residency.bytes_needed)}") from None
-        return Resident(AdapterVersion(name, lowering.digest), slot, lowering.own, gate, unmixable, lowering.head)
+        return resident
 
     def _scored_exactly(self, exact: Resident, vouched: Golden | None) -> Sequence[Sequence[float]]:
         """What an unpublished exact form says of the fixed texts, for the last time; golden values are checked too."""

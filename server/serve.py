@@ -19,6 +19,7 @@ import uvicorn
 from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
 from motet.adapters.effects import Lowered
+from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
@@ -56,6 +57,8 @@ CPU_MEMORY_BYTES = 1 << 30
 """Default of --kv-memory and --adapter-memory on a CPU; committed by the operating system as it is first used."""
 CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
 """Default shares of the free device memory after the base model is loaded."""
+HOST_SHARE = 0.25
+"""Of the machine's memory, at most HOST_BYTES: default of --host-memory."""
 CACHE_BYTES = 10 << 30
 """Default of --adapter-cache-size."""
 LAST_WORDS_S = 3
@@ -76,6 +79,7 @@ class Assembled:
     loaded: Loaded
     residency: Residency
     cache: LoweredCache | None
+    tiers: Tiers
     adapters: tuple[tuple[str, Path, Declared], ...]
     steps: Steps
     keys: Keys
@@ -139,7 +143,9 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
     else:
         steps = vision_steps(config, loaded, residency)
-    return Assembled(loaded, residency, cache, adapters, steps, keys, threads, report, limits, quotas)
+    host = HostTier(_host_budget(config))
+    tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
+    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, threads, report, limits, quotas)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
@@ -161,6 +167,14 @@ def _budget(text: str, option: str, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARES[option])
     return CPU_MEMORY_BYTES
+
+
+def _host_budget(config: ServeConfig) -> int:
+    given = parse_bytes("host-memory", config.host_memory)
+    if given is not None:
+        return given
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(HOST_BYTES, int(whole * HOST_SHARE))
 
 
 def own_the_processors(engine: Engine) -> None:
@@ -217,6 +231,7 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         yield service
     finally:
         service.engine.stop()
+        assembled.tiers.stop()
 
 
 def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service:
@@ -225,7 +240,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
     streams = Streams(loop)
     adapter_quotas, key_quotas = assembled.quotas
     policy = Fair(adapter_quotas.weight) if config.policy == "fair" else Fcfs()
-    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, Tiers(), policy)
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
@@ -233,12 +248,13 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
 
     prepare = functools.partial(_prepare_steps, steps, assembled.threads)
     engine = Engine(scheduler, steps.runner, streams.publish, end_lease, prepare)
+    assembled.tiers.listen(engine.wake)
     check = score = None
     scorer = Scorer(steps.info, engine, streams)
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score)
+    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers)
     return Service(
         base=steps.info,
         tokenizer=steps.tokenizer,

@@ -24,7 +24,6 @@ from motet.server.model.batch import EffectsBuilder
 from motet.server.model.loader import LoadedModel, prepare
 from motet.server.model.runner import ModelRunner
 from motet.server.serve import new_registry
-from tests.support.fake_memory import FakeMemory
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 Part = tuple[str, tuple[float, ...] | None]
@@ -80,7 +79,7 @@ class Harness:
         )
         self.runner = RecordingRunner(self.loaded, effects)
         self.pool = BlockPool(blocks, block_size)
-        self.scheduler = Scheduler(self.pool, StepLimits(rows, generations), FakeMemory())
+        self.scheduler = Scheduler(self.pool, StepLimits(rows, generations), self.registry.tiers)
         self.engine = Engine(self.scheduler, self.runner, self._publish, self._end_lease)
         self._results: dict[GenerationId, Generated] = {}
         self._next = 0

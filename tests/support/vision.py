@@ -32,7 +32,6 @@ from motet.server.engine.types import Applied, GenerationId, GivenInput, TokenEv
 from motet.server.model.vision import prepare_vision
 from motet.server.serve import new_residency
 from tests.support import amt_vit, emtal_vit
-from tests.support.fake_memory import FakeMemory
 from tests.support.models import save_peft
 
 Using = tuple[str, tuple[float, ...] | None] | None
@@ -156,9 +155,8 @@ class VisionHarness:
         config = ServeConfig(max_batch_rows=images * self.loaded.tokens)
         self.steps = vision_steps(config, self.loaded, residency)
         self.blocks = BlockPool(self.steps.blocks, self.steps.block_size)
-        self.engine = Engine(
-            Scheduler(self.blocks, self.steps.limits, FakeMemory()), self.steps.runner, self._publish, self._end_lease
-        )
+        scheduler = Scheduler(self.blocks, self.steps.limits, self.registry.tiers)
+        self.engine = Engine(scheduler, self.steps.runner, self._publish, self._end_lease)
         self.events: dict[GenerationId, TokenEvent] = {}
         self._next = 0
 

@@ -216,9 +216,9 @@ def test_of_concurrent_loads_of_one_name_exactly_one_wins(
     registry: Registry, folders: list[Path], one_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = threading.Barrier(6)
-    place = registry.residency.place
+    pack = registry.residency.pack
     # All have passed the first check of the name before any is published.
-    monkeypatch.setattr(registry.residency, "place", lambda lowered: (together.wait(30), place(lowered))[1])
+    monkeypatch.setattr(registry.residency, "pack", lambda lowered: (together.wait(30), pack(lowered))[1])
 
     def load(i: int) -> AdapterError | str:
         try:

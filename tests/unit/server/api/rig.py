@@ -13,8 +13,10 @@ import httpx
 import torch
 
 from motet.adapters.base import BaseModel, Target
+from motet.adapters.host import HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
+from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion
 from motet.server.api.app import create_app
 from motet.server.api.base_info import BaseInfo
@@ -31,7 +33,6 @@ from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult, TokenLogprobs
 from motet.server.metrics import Metrics
 from tests.support.bases import residency_of
-from tests.support.fake_memory import FakeMemory
 from tests.support.tokenizer import byte_tokenizer
 
 TOKENIZER: Any = byte_tokenizer()
@@ -91,13 +92,16 @@ class Running:
             config={"hidden_size": 4},
         )
         self.runner = CountingRunner()
-        self.scheduler = Scheduler(BlockPool(64, 4), limits, FakeMemory())
+        residency = residency_of(base)
+        tiers = Tiers(residency, HostTier(1 << 20))
+        self.scheduler = Scheduler(BlockPool(64, 4), limits, tiers)
         loop = asyncio.get_running_loop()
         streams = Streams(loop)
         engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
         info = BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0)
         self.scorer = Scorer(info, engine, streams)
-        self.registry = Registry(base, residency_of(base), check=golden_check(self.scorer, loop))
+        self.registry = Registry(base, residency, check=golden_check(self.scorer, loop), tiers=tiers)
+        tiers.listen(engine.wake)
         self.registry.load("adapted", adapter)
         self.service = Service(
             base=info,
