@@ -114,6 +114,7 @@ class Registry:
         self.derived = Derived(self.tiers, self.leases)
         self._lock = threading.Lock()
         self._published: dict[str, _Entry] = {}
+        self.swaps = 0
 
     def load(
         self, name: str, folder: Path, declared: Declared = NOTHING_DECLARED, *, replace: bool = False
@@ -155,6 +156,7 @@ class Registry:
             self.leases.retire(resident)  # a lease of the check may still be on its way back
             raise
         if old is not None:
+            self.swaps += 1
             self.leases.retire(old.resident)
         return self._info(entry)
 

@@ -49,6 +49,7 @@ from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
 from motet.server.slow_headers import PatientProtocol
+from motet.server.tier_metrics import TierMetrics
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -255,6 +256,14 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
     registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers)
+    metrics = Metrics(
+        engine_state=lambda: engine.state,
+        adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
+        adapters=lambda: tiers.on_device(),
+        served=lambda: {steps.info.name, *(info.version.name for info in registry.published())},
+    )
+    tiers = TierMetrics(assembled.tiers, metrics.by_adapter, lambda: registry.swaps)
+    metrics.registry.register(tiers)
     return Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
@@ -263,11 +272,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         streams=streams,
         merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
-        metrics=Metrics(
-            engine_state=lambda: engine.state,
-            adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
-            adapters=lambda: [info.version.name for info in registry.published()],
-        ),
+        metrics=metrics,
         keys=assembled.keys,
         adapter_roots=[Path(root).expanduser() for root in config.adapter_root],
         max_waiting=config.max_waiting,

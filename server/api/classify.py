@@ -41,14 +41,14 @@ def router(service: Service) -> APIRouter:
             async with leased(service, body.model, caller) as labeller:
                 name = labeller.name
                 if labeller.head is not None:
-                    with service.admission.admitted(caller, [name], tokens=0) as ticket:
+                    with service.counted(caller, name) as ticket:
                         found = await _by_head(labeller, labeller.head, body, given, header)
                         ticket.tokens = found[1]
         else:
             name = merged.pool.name
         if found is None:
             _asked(body, header, None, len(given))
-            with service.admission.admitted(caller, [name], tokens=0) as ticket:
+            with service.counted(caller, name) as ticket:
                 found = await _by_classifier(service, body.model, merged, given)
                 ticket.tokens = found[1]
         rows, tokens = found

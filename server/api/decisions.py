@@ -44,7 +44,7 @@ def router(service: Service) -> APIRouter:
         caller = visit_of(request).caller
         async with leased(service, body.model, caller) as labeller:
             head = labeller.head
-            with service.admission.admitted(caller, [labeller.name], tokens=0) as ticket:
+            with service.counted(caller, labeller.name) as ticket:
                 answered = (
                     _by_letters(labeller, body, options) if head is None else _by_head(labeller, body, options, head)
                 )

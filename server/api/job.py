@@ -91,7 +91,13 @@ class Job:
         self.inquiry = Inquiry(wanted.uncertainty, service.heads, body.seed)
         self.prompts = prompts
         most = copies * sum(len(prompt) + one.max_tokens for prompt, one in zip(prompts, samplings, strict=True))
-        self._admitted = service.admission.enter(visit.caller, voice.names, most, len(prompts) * copies)
+        self._version = voice.applied[0].lease.version.digest if voice.applied else ""
+        self._series = service.metrics.by_adapter.of(voice.names[0])
+        try:
+            self._admitted = service.admission.enter(visit.caller, voice.names, most, len(prompts) * copies)
+        except ApiError:
+            self._series.finished(self._version, "refused")
+            raise
         # Nothing from here to the submission may refuse the request: nobody would end the stream.
         self.versions = [one.lease.version for one in voice.applied]
         self.system_fingerprint = service.fingerprint(voice.applied)
@@ -135,6 +141,8 @@ class Job:
         ticket = self._admitted[0]
         ticket.tokens, ticket.generations = self._used(), len(self.choices)
         self._service.admission.leave(*self._admitted)
+        drawn = sum(len(choice.tokens) for choice in self.choices)
+        self._series.finished(self._version, outcome, prompt=self.prompt_tokens, cached=self.cached_tokens, drawn=drawn)
         self._service.metrics.requests.labels(outcome).inc()
         self._service.metrics.prompt_tokens.inc(self.prompt_tokens)
         self._service.metrics.cached_tokens.inc(self.cached_tokens)
@@ -161,7 +169,7 @@ class Job:
                     return
 
     def _take(self, choice: Choice, event: TokenEvent, token: int) -> Piece:
-        self._time(choice)
+        self._time(choice, event)
         self.inquiry.hear(self._prompt_of(choice), event.feature)
         choice.cached_tokens = event.cached_tokens
         if self.drop_drawn:
@@ -186,17 +194,22 @@ class Job:
         """Find out the uncertainty of choices that are complete, where it was asked for."""
         for choice in choices:
             choice.uncertainty = await self.inquiry.found(self._prompt_of(choice), choice.logprobs)
+            if choice.uncertainty is not None:
+                self._series.uncertainty.observe(choice.uncertainty["score"])
 
     def _prompt_of(self, choice: Choice) -> int:
         return choice.index // (len(self.choices) // len(self.prompts))
 
-    def _time(self, choice: Choice) -> None:
+    def _time(self, choice: Choice, event: TokenEvent) -> None:
         now_s, metrics = time.perf_counter(), self._service.metrics
         metrics.generated_tokens.inc()
         if choice.latest_s is None:
             metrics.first_token.observe(now_s - self._arrival_s)
+            self._series.first_token.observe(now_s - self._arrival_s)
+            self._series.queue.observe(event.queue_s)
         else:
             metrics.between_tokens.observe(now_s - choice.latest_s)
+            self._series.between_tokens.observe(now_s - choice.latest_s)
         choice.latest_s = now_s
 
     def _used(self) -> int:

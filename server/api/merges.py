@@ -27,7 +27,7 @@ def router(service: Service) -> APIRouter:
     async def make(pool: str, body: MergeBody, request: Request) -> dict[str, Any]:
         service.require_open()
         merging, caller = service.merging, visit_of(request).caller
-        with service.admission.admitted(caller, [pool], tokens=0):
+        with service.counted(caller, pool):
             return _card(await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s, caller))
 
     @routes.get("/v1/adapters/{pool:path}/merges/{name:path}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.server.api import merge_asks, uses
-from motet.server.api.admission import Admission
+from motet.server.api.admission import Admission, Ticket
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
 from motet.server.api.errors import ApiError
@@ -209,6 +209,22 @@ class Service:
             state = "draining" if self.draining else "starting"
             raise ApiError(503, f"the server is {state}; try again", code=f"server_{state}", retry_after_s=5)
         self.admission.require_room(1)
+
+    @contextlib.contextmanager
+    def counted(self, caller: Caller, name: str, version: str | None = None) -> Iterator[Ticket]:
+        """Let in a request that is no generation, and count it to an adapter, until the block is left.
+
+        Raises:
+            ApiError: the queue or a quota has no room.
+        """
+        series, outcome = self.metrics.by_adapter.of(name), "refused"
+        try:
+            with self.admission.admitted(caller, [name], tokens=0) as ticket:
+                outcome = "failed"
+                yield ticket
+                outcome = "finished"
+        finally:
+            series.finished(version, outcome, prompt=ticket.tokens if outcome == "finished" else 0)
 
     def require_texts(self) -> None:
         """Refuse what only a base of texts can do."""

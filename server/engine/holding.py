@@ -4,6 +4,7 @@ Must not know: blocks, rows, shares, how adapters get there.
 
 One whose adapters are not there is passed over, so that it blocks nobody while they are brought. Others could pass for
 ever, and keep the room taken that it needs; so after `PATIENCE_S` no adapter of a later arrival is held before its own.
+That holds whatever the memory does. motet.adapters.tiers makes room sooner, and only where it is needed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Iterable
 
 from motet.server.engine.types import MOST_WANTED, Generation, GenerationId, Lease, Memory
 
-PATIENCE_S = 1.0
-"""Several times what a load from host memory or from the disk cache takes."""
+PATIENCE_S = 30.0
+"""Longer than an adapter takes that has to be lowered again: while that lasts, nobody should wait for it."""
 
 
 class Holding:
@@ -51,23 +52,20 @@ class Holding:
         self._blocked.pop(generation.id, None)
 
     def impatient(self) -> Generation | None:
-        """The first to arrive of those that have been passed over for long."""
-        if not self._blocked:
-            return None
-        due_s = self._clock() - PATIENCE_S
-        found = (generation for generation, since_s in self._blocked.values() if since_s <= due_s)
-        return min(found, key=lambda generation: generation.arrival, default=None)
+        """The one that has been passed over longest, where that is too long."""
+        generation, since_s = next(iter(self._blocked.values()), (None, 0.0))
+        return None if generation is None or self._clock() - since_s < PATIENCE_S else generation
 
     def want(self, queue: Iterable[Generation]) -> None:
         """Tell the memory what is needed, each version once; silent while nothing is.
 
         Args:
-            queue: most urgent first, but for the one that lost patience: the memory keeps what is wanted before, so
-                that it must come before all whom it holds up.
+            queue: most urgent first. Those that were passed over come before it, in the order in which they first were:
+                a memory that keeps what is wanted before, and makes room for the first, needs an order that stays.
         """
         wanted: dict[object, Lease] = {}
-        first = self.impatient()
-        for generation in itertools.chain(() if first is None else (first,), queue):
+        passed_over = [generation for generation, _ in self._blocked.values()]
+        for generation in itertools.chain(passed_over, queue):
             for lease in _leases(generation):
                 wanted.setdefault(lease.version, lease)
             if len(wanted) >= MOST_WANTED:

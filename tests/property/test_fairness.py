@@ -21,7 +21,7 @@ from tests.unit.server.engine.steps import commit
 BLOCK = 4
 MOST_PROMPT = 12
 MOST_TOKENS = 9
-SECONDS_A_STEP = 0.1
+SECONDS_A_STEP = PATIENCE_S / 10
 lengths = st.tuples(st.integers(1, MOST_PROMPT), st.integers(1, MOST_TOKENS))
 
 
