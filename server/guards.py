@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from motet.server.api.app import RequestLimits
 from motet.server.api.keys import KeyLineError, Keys
-from motet.server.api.quotas import Quotas, parse_quota
+from motet.server.api.quotas import Quota, Quotas, parse_quota
 from motet.server.config import OptionError, ServeConfig, parse_bytes, read_keys
 
 
@@ -33,23 +33,23 @@ def quotas_of(config: ServeConfig) -> tuple[Quotas, Quotas]:
     Raises:
         OptionError: one is none.
     """
-    keys = _quotas("key-quota", "API key", config.key_quota)
-    if any(quota.weight != 1 for quota in keys.named().values()):
+    keys = _quotas("key-quota", config.key_quota)
+    if any(quota.weight != 1 for quota in keys.values()):
         raise OptionError("--key-quota: a key has no weight; shares are those of adapters")
-    return _quotas("adapter-quota", "adapter", config.adapter_quota), keys
+    return Quotas("adapter", _quotas("adapter-quota", config.adapter_quota)), Quotas("API key", keys)
 
 
-def _quotas(option: str, kind: str, texts: Sequence[str]) -> Quotas:
-    quotas = Quotas(kind)
+def _quotas(option: str, texts: Sequence[str]) -> dict[str, Quota]:
+    found: dict[str, Quota] = {}
     for text in texts:
         try:
             name, quota = parse_quota(text)
         except ValueError as error:
             raise OptionError(f"--{option}: {error}") from error
-        if name in quotas.named():
+        if name in found:
             raise OptionError(f"--{option} {text!r}: {name!r} has a quota already; give one")
-        quotas.set(name, quota)
-    return quotas
+        found[name] = quota
+    return found
 
 
 def limits_of(config: ServeConfig) -> RequestLimits:

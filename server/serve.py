@@ -18,9 +18,11 @@ import uvicorn
 
 from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
+from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
 from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
+from motet.adapters.origin import folders
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
@@ -43,13 +45,13 @@ from motet.server.engine.policy import Fair, Fcfs
 from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease
+from motet.server.first import open_catalogue, publish_first, require_possible
 from motet.server.guards import keys_of, limits_of, quotas_of
-from motet.server.metrics import Metrics
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
 from motet.server.slow_headers import PatientProtocol
-from motet.server.tier_metrics import TierMetrics
+from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -135,6 +137,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     """
     keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
+    require_possible(config, adapters)
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
@@ -195,16 +198,14 @@ def _prepare_steps(steps: Steps, threads: int) -> None:
         steps.runner.run(plan)
 
 
-def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
-    """Serve until a signal ends it; `ready` is called once requests are answered."""
+def run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
+    """Serve until a signal ends it; `ready` hears the adapters' names once requests are answered."""
     asyncio.run(_run(config, assembled, ready))
 
 
-async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
+async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
     async with opened(config, assembled) as service:
-        for name, folder, declared in assembled.adapters:
-            assembled.report(f"loading adapter {name}")
-            await asyncio.to_thread(service.registry.load, name, folder, declared)
+        await asyncio.to_thread(publish_first, service.registry, assembled.adapters, assembled.report)
         settings = uvicorn.Config(
             create_app(service, assembled.limits),
             config.host,
@@ -215,7 +216,10 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], No
             http=PatientProtocol,
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
-        await DrainingServer(settings, service, config.drain_timeout, ready).serve()
+        names = [info.version.name for info in service.registry.published()]
+        for info in service.registry.published():
+            service.apply_quota(info)
+        await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
 
 @contextlib.asynccontextmanager
@@ -226,16 +230,20 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         golden: whether golden log-probabilities are checked, and a lossy form's error is measured, before an adapter is
             published.
     """
-    service = _service(config, assembled, golden)
-    own_the_processors(service.engine)
+    catalogue = open_catalogue(config, assembled.loaded.base)
     try:
-        yield service
+        service = _service(config, assembled, catalogue, golden)
+        own_the_processors(service.engine)
+        try:
+            yield service
+        finally:
+            service.engine.stop()
     finally:
-        service.engine.stop()
         assembled.tiers.stop()
+        catalogue.close()
 
 
-def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service:
+def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, golden: bool) -> Service:
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
@@ -255,15 +263,10 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers)
-    metrics = Metrics(
-        engine_state=lambda: engine.state,
-        adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
-        adapters=lambda: tiers.on_device(),
-        served=lambda: {steps.info.name, *(info.version.name for info in registry.published())},
+    resolve = folders([Path(root).expanduser() for root in config.adapter_root])
+    registry = Registry(
+        assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers, catalogue, resolve
     )
-    tiers = TierMetrics(assembled.tiers, metrics.by_adapter, lambda: registry.swaps)
-    metrics.registry.register(tiers)
     return Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
@@ -272,9 +275,8 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         streams=streams,
         merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
-        metrics=metrics,
+        metrics=everything(lambda: engine.state, assembled.tiers, registry, steps.info.name),
         keys=assembled.keys,
-        adapter_roots=[Path(root).expanduser() for root in config.adapter_root],
         max_waiting=config.max_waiting,
         adapter_quotas=adapter_quotas,
         key_quotas=key_quotas,

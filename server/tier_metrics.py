@@ -10,8 +10,11 @@ from collections.abc import Callable, Container, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
+from motet.adapters.registry import Registry
 from motet.adapters.tiers import Tiers
 from motet.server.adapter_metrics import OTHER
+from motet.server.engine.engine import EngineState
+from motet.server.metrics import Metrics
 
 
 class TierMetrics:
@@ -63,3 +66,16 @@ class TierMetrics:
             evictions.add_metric([tier, reason], count)
         yield evictions
         yield CounterMetricFamily("motet_adapter_swaps", "Names that moved to another version.", value=self._swaps())
+
+
+def everything(state: Callable[[], EngineState], tiers: Tiers, registry: Registry, base: str) -> Metrics:
+    """All series of a server, those of its tiers among them."""
+    metrics = Metrics(
+        engine_state=state,
+        adapter_bytes=lambda: (tiers.residency.used_bytes, tiers.residency.budget_bytes),
+        adapters=lambda: own.on_device(),
+        served=lambda: {base, *(info.version.name for info in registry.published())},
+    )
+    own = TierMetrics(tiers, metrics.by_adapter, lambda: registry.pointers.swaps)
+    metrics.registry.register(own)
+    return metrics

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastapi import Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
-from motet.server.api import adapters, chat, classify, completions, decisions, errors, merges, models, probes
+from motet.server.api import adapters, catalogue, chat, classify, completions, decisions, errors, merges, models, probes
 from motet.server.api.body_limits import BodyLimits
 from motet.server.api.deadlines import Deadlines
 from motet.server.api.service import Service
@@ -58,6 +58,7 @@ def create_app(service: Service, limits: RequestLimits = DEFAULT_LIMITS) -> Fast
     app.include_router(merges.oversight(service), dependencies=[Depends(oversight)])
     for family in (completions, chat, merges, classify, decisions, models):
         app.include_router(family.router(service), dependencies=[Depends(inference)])
-    app.include_router(adapters.router(service), dependencies=[Depends(administration)])
+    for family in (adapters, catalogue):  # in this order, for /v1/adapters/{name}/lowered
+        app.include_router(family.router(service), dependencies=[Depends(administration)])
     app.include_router(probes.router(service))
     return app

@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from jinja2 import TemplateError
 
 from motet.adapters.heads import HeadFile
-from motet.server.api import questions
+from motet.server.api import questions, served
 from motet.server.api.decision_body import DecisionBody, text_of
 from motet.server.api.errors import bad_request
 from motet.server.api.inputs import Prompt
@@ -37,14 +37,15 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/decisions")
-    async def decisions(body: DecisionBody, request: Request) -> dict[str, Any]:
+    async def decisions(body: DecisionBody, request: Request, response: Response) -> dict[str, Any]:
         service.require_open()
         service.require_texts()
         options = [questions.options_of(one, f"questions.{place}") for place, one in enumerate(body.questions)]
         caller = visit_of(request).caller
         async with leased(service, body.model, caller) as labeller:
             head = labeller.head
-            with service.counted(caller, labeller.name) as ticket:
+            versions = labeller.versions
+            with service.counted(caller, *labeller.counted) as ticket:
                 answered = (
                     _by_letters(labeller, body, options) if head is None else _by_head(labeller, body, options, head)
                 )
@@ -57,7 +58,8 @@ def router(service: Service) -> APIRouter:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": tokens,
         }
-        return {"model": body.model, "answers": answers, "usage": usage}
+        response.headers.update(served.header(versions))
+        return {"model": body.model, **served.fields(versions), "answers": answers, "usage": usage}
 
     return routes
 

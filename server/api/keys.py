@@ -30,6 +30,10 @@ class Caller:
     admin: bool = False
     adapters: tuple[str, ...] | None = None
 
+    def may_ask(self, model: str) -> bool:
+        """As `may_see`, of what a request says: a name, or `name@version`."""
+        return self.may_see(model) or self.may_see(model.rpartition("@")[0])
+
     def may_see(self, adapter: str) -> bool:
         """Whether an adapter of that name exists for them."""
         return self.adapters is None or any(fnmatch.fnmatchcase(adapter, one) for one in self.adapters)
@@ -93,4 +97,4 @@ def _parsed(line: str, place: str, *, admin: bool) -> _Key:
     if admin and adapters is not None:
         raise KeyLineError(f"{place}: an admin key sees every adapter; leave out adapters=")
     digest = _digest(key)
-    return _Key(digest, Caller(given.get("label", f"key-{digest.hex()[:8]}"), admin, adapters))
+    return _Key(digest, Caller(given.get("label", f"key-{digest.hex()[:12]}"), admin, adapters))

@@ -15,6 +15,7 @@ from motet.adapters.errors import GateError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.heads import HeadFile
 from motet.adapters.lease import Lease
+from motet.adapters.version import AdapterVersion
 from motet.server.api import uses
 from motet.server.api.heads import Asking
 from motet.server.api.inputs import Prompt
@@ -42,9 +43,16 @@ class Labeller:
     lease: Lease | None
 
     @property
-    def name(self) -> str:
-        """Of the adapter or the base."""
-        return self.service.base.name if self.lease is None else self.lease.version.name
+    def versions(self) -> list[AdapterVersion]:
+        """The adapter's, or none."""
+        return [] if self.lease is None else [self.lease.version]
+
+    @property
+    def counted(self) -> tuple[str, str]:
+        """Name and version that its work is counted to; the base has no version."""
+        if self.lease is None:
+            return self.service.base.name, ""
+        return self.lease.version.name, self.lease.version.digest
 
     @property
     def head(self) -> HeadFile | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from motet.adapters.registry import AdapterInfo
+from motet.adapters.standing import AdapterInfo
 from motet.server.api.service import Service
 from motet.server.api.uncertainty import offered
 from motet.server.api.visit import visit_of

@@ -10,12 +10,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 MOST_BUCKETS = 4096
 """Beyond as many, full buckets are dropped: a new one is full as well."""
 EVERY = "*"
-"""Stands for each name that has no quota of its own."""
+"""Among the options: each name that has none of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,9 @@ class Quota:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be a positive number")
+
+
+NO_QUOTA = Quota()
 
 
 def parse_quota(text: str) -> tuple[str, Quota]:
@@ -94,28 +96,29 @@ class Taken:
 class Quotas:
     """The quotas of one kind of names, and their buckets.
 
+    Args:
+        kind: what messages call a name.
+        given: of the options; what is set later goes before.
+
     Note: used by one thread, but for `weight`, which any thread may call.
     """
 
     kind: str
+    given: Mapping[str, Quota] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
-    _quotas: dict[str, Quota] = field(default_factory=dict)
+    _set: dict[str, Quota] = field(default_factory=dict)
     _buckets: dict[_Place, _Bucket] = field(default_factory=dict)
 
     def set(self, name: str, quota: Quota | None) -> None:
-        """Give a name its quota, or take it away; what was used of the old one counts for the new."""
+        """Give a name its quota, or none but the options'; what was used of the old one counts for the new."""
         if quota is None:
-            self._quotas.pop(name, None)
+            self._set.pop(name, None)
         else:
-            self._quotas[name] = quota
-
-    def named(self) -> Mapping[str, Quota]:
-        """Those that were set."""
-        return MappingProxyType(self._quotas)
+            self._set[name] = quota
 
     def of(self, name: str) -> Quota:
-        """The quota of a name, or of every name."""
-        return self._quotas.get(name) or self._quotas.get(EVERY) or Quota()
+        """The quota of a name."""
+        return self._set.get(name) or self.given.get(name) or self.given.get(EVERY) or NO_QUOTA
 
     def weight(self, name: str) -> float:
         return self.of(name).weight

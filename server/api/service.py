@@ -10,23 +10,24 @@ import contextlib
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from motet.adapters.errors import AdapterNotFoundError, GateError
+from motet.adapters.errors import AdapterNotFoundError, GateError, VersionNotServedError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
+from motet.adapters.pointers import unknown
 from motet.adapters.registry import Registry
+from motet.adapters.standing import AdapterInfo
 from motet.server.api import merge_asks, uses
 from motet.server.api.admission import Admission, Ticket
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
-from motet.server.api.errors import ApiError
+from motet.server.api.errors import ApiError, from_adapter_error
 from motet.server.api.heads import Heads
 from motet.server.api.keys import Caller, Keys
 from motet.server.api.merged import Merged
 from motet.server.api.merging import MARK, Merging
 from motet.server.api.placeholders import Placeholders
-from motet.server.api.quotas import Quotas
+from motet.server.api.quotas import Quota, Quotas
 from motet.server.api.schemas import GenerationBody
 from motet.server.api.text import Tokenizer
 from motet.server.api.voice import Voice
@@ -45,7 +46,6 @@ class Service:
 
     Attributes:
         tokenizer: None where the base takes no texts.
-        adapter_roots: where adapters may be loaded from at run time.
         max_waiting: generations that may wait; more are answered 429.
         adapter_quotas, key_quotas: by adapter's or base's name, and by key's label.
         admission: what goes by them.
@@ -62,7 +62,6 @@ class Service:
     classifying: Classifying
     metrics: Metrics
     keys: Keys
-    adapter_roots: Sequence[Path]
     max_waiting: int
     adapter_quotas: Quotas = field(default_factory=lambda: Quotas("adapter"))
     key_quotas: Quotas = field(default_factory=lambda: Quotas("API key"))
@@ -93,7 +92,7 @@ class Service:
         try:
             return uses.leased(self.registry, model, caller)
         except AdapterNotFoundError as error:
-            raise _unknown(model) from error
+            raise _unknown(model, error) from error
 
     @contextlib.asynccontextmanager
     async def voice(self, body: GenerationBody, caller: Caller) -> AsyncIterator[Voice]:
@@ -130,7 +129,7 @@ class Service:
         try:
             return await merge_asks.inline(self.merging, body.model, body.merge, caller)
         except AdapterNotFoundError as error:
-            raise _unknown(body.model) from error
+            raise _unknown(body.model, error) from error
 
     async def _applied(self, body: GenerationBody, caller: Caller) -> list[Applied]:
         if body.adapters is not None:
@@ -164,7 +163,7 @@ class Service:
             AdapterNotFoundError: it does not exist for them.
         """
         if not caller.may_see(adapter):
-            uses.refuse_unknown(adapter)
+            raise unknown(adapter)
 
     def known_merge(self, model: str, caller: Caller) -> Merged | None:
         """A merge that is remembered, of a pool that the caller may see."""
@@ -175,7 +174,7 @@ class Service:
         try:
             return await self.merging.applied(merged)
         except AdapterNotFoundError as error:
-            raise _unknown(merged.name) from error
+            raise _unknown(merged.name, error) from error
 
     async def _voice(self, applied: list[Applied], body: GenerationBody) -> Voice:
         assert self.tokenizer is not None
@@ -184,7 +183,7 @@ class Service:
         first = uses.held(applied[0])
         name = f"adapter {' + '.join(one.lease.version.name for one in applied)!r}"
         own, gate = first.resident.own, first.resident.gate
-        as_it_is = body.merge is None and first.version.name == body.model
+        as_it_is = body.merge is None and first.version.answers_to(body.model)
         head = first.resident.head if as_it_is else None
         vocabulary = first.resident.vocabulary or self.base.vocabulary
         tokenizer, end_tokens = (
@@ -209,6 +208,10 @@ class Service:
             state = "draining" if self.draining else "starting"
             raise ApiError(503, f"the server is {state}; try again", code=f"server_{state}", retry_after_s=5)
         self.admission.require_room(1)
+
+    def apply_quota(self, info: AdapterInfo) -> None:
+        """From now on an adapter has the quota that it was published with, where it was with one."""
+        self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
 
     @contextlib.contextmanager
     def counted(self, caller: Caller, name: str, version: str | None = None) -> Iterator[Ticket]:
@@ -262,6 +265,8 @@ class Service:
         return caller
 
 
-def _unknown(model: str) -> ApiError:
+def _unknown(model: str, error: AdapterNotFoundError) -> ApiError:
+    if isinstance(error, VersionNotServedError):
+        return from_adapter_error(error, "model")
     known = "it has expired, or its pool changed: merge again" if MARK in model else "GET /v1/models lists what does"
     return ApiError(404, f"model {model!r} does not exist; {known}", code="model_not_found", param="model")

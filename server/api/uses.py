@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from motet.adapters import mixture
 from motet.adapters.effects import Lowered
@@ -17,6 +17,7 @@ from motet.adapters.errors import AdapterNotFoundError, GateError
 from motet.adapters.gates.instance import UserInput
 from motet.adapters.gates.pool import PoolGate
 from motet.adapters.lease import Lease
+from motet.adapters.pointers import unknown
 from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion, Digest
 from motet.server.api.errors import from_adapter_error
@@ -93,16 +94,13 @@ def leased(registry: Registry, name: str, caller: Caller) -> Lease:
     Raises:
         AdapterNotFoundError: there is no such adapter for them; what they may not see does not exist.
     """
+    if not caller.may_ask(name):
+        raise unknown(name)
     lease = registry.acquire(name)
     if not caller.may_see(lease.version.name):
         registry.release(lease)
-        refuse_unknown(name)
+        raise unknown(name)
     return lease
-
-
-def refuse_unknown(name: str) -> NoReturn:
-    """What the registry says of a name that it does not know."""
-    raise AdapterNotFoundError(f"adapter {name!r} is not loaded; GET /v1/models lists what is")
 
 
 def mixed(registry: Registry, body: GenerationBody, caller: Caller) -> list[Applied]:
