@@ -47,12 +47,16 @@ class Distribution:
 
 
 class Series:
-    """What is counted of one adapter."""
+    """What is counted of one adapter, or of many.
 
-    __slots__ = ("between_tokens", "first_token", "queue", "requests", "tokens", "uncertainty", "version")
+    Args:
+        of_one: whether there are versions that follow each other.
+    """
 
-    def __init__(self) -> None:
-        self.version = ""
+    __slots__ = ("between_tokens", "first_token", "of_one", "queue", "requests", "tokens", "uncertainty", "version")
+
+    def __init__(self, *, of_one: bool = True) -> None:
+        self.of_one, self.version = of_one, ""
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.first_token, self.between_tokens, self.queue = (Distribution(LATENCY_BUCKETS_S) for _ in range(3))
@@ -65,7 +69,7 @@ class Series:
             version: None where it is of no matter.
             prompt, cached, drawn: tokens it read, those of them that the prefix cache spared, and those it drew.
         """
-        if version is not None and version != self.version:
+        if self.of_one and version is not None and version != self.version:
             self.version, self.requests = version, Counter()
         self.requests[outcome] += 1
         self.tokens.update(prompt=prompt, cached=cached, drawn=drawn)
@@ -84,7 +88,7 @@ class AdapterMetrics:
         self._served, self._clock = served, clock
         self._uses: dict[str, float] = {}
         self._series: dict[str, Series] = {}
-        self._other = Series()
+        self._other = Series(of_one=False)
         self._ranked_s = clock()
 
     def of(self, name: str) -> Series:
@@ -118,9 +122,8 @@ class AdapterMetrics:
         )
         tokens = CounterMetricFamily("motet_adapter_tokens", "Tokens by kind.", labels=["adapter", "kind"])
         for name, series in told:
-            version = "" if name == OTHER else series.version[:12]
             for outcome, count in series.requests.items():
-                requests.add_metric([name, version, outcome], count)
+                requests.add_metric([name, series.version[:12], outcome], count)
             for kind, count in series.tokens.items():
                 tokens.add_metric([name, kind], count)
         yield requests

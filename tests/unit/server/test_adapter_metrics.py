@@ -81,8 +81,8 @@ def test_the_most_used_have_series_of_their_own() -> None:
     metrics = AdapterMetrics(Everything, watch)
     for number in range(MOST_ADAPTERS):
         metrics.of(f"early{number}")
-    for _ in range(5):
-        metrics.of("late").finished("v", "finished")
+    for version in "uvwuv":
+        metrics.of("late").finished(version, "finished")
     assert values(samples(metrics), "motet_adapter_requests_total") == {(OTHER, "finished", ""): 5}
     watch.now_s += RANKED_EVERY_S
     metrics.of("late").finished("v", "finished")
