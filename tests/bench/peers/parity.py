@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.bench.prompts import PromptShape
 
-TOKENS = 24
+TOKENS = 16
 PROMPTS = 2
 GAP = 0.5
 """Nats between the best token and the one that was said: serving in bfloat16 moves a log-probability by up to 0.40."""
@@ -51,7 +51,7 @@ def reference(model: Path, adapters: Mapping[str, Path], base: str) -> list[dict
     Raises:
         CalledProcessError: the program failed, after it said why.
     """
-    shape = PromptShape(32)
+    shape = PromptShape(24)
     asked = {
         "model": str(model),
         "adapters": {name: str(folder) for name, folder in adapters.items()},

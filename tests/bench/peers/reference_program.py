@@ -21,9 +21,9 @@ _NEAR = 20
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, gap: float) -> dict[str, Any]:
-    """The answer's tokens, and the texts of those within the gap of the best."""
-    ids = torch.tensor([prompt])
+def answers(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int, gap: float) -> list[dict[str, Any]]:
+    """Of prompts of one length: the tokens, and the texts of those within the gap of the best."""
+    ids = torch.tensor(prompts)
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -34,13 +34,16 @@ def answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int, gap: floa
         return_dict_in_generate=True,
         output_logits=True,
     )
-    instead = []
-    for logits_1V in out.logits:
-        best = logits_1V[0].topk(_NEAR)
-        near = [int(i) for i, value in zip(best.indices, best.values, strict=True) if best.values[0] - value <= gap]
-        instead.append([tokenizer.decode([token]) for token in near])
-    said = out.sequences[0, len(prompt) :].tolist()
-    return {"prompt": prompt, "tokens": [tokenizer.decode([token]) for token in said], "instead": instead}
+    made = []
+    for row, prompt in enumerate(prompts):
+        instead = []
+        for logits_nV in out.logits:
+            best = logits_nV[row].topk(_NEAR)
+            near = [int(i) for i, value in zip(best.indices, best.values, strict=True) if best.values[0] - value <= gap]
+            instead.append([tokenizer.decode([token]) for token in near])
+        said = out.sequences[row, len(prompt) :].tolist()
+        made.append({"prompt": prompt, "tokens": [tokenizer.decode([token]) for token in said], "instead": instead})
+    return made
 
 
 def main() -> None:
@@ -49,17 +52,17 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     base: Any = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32).eval()
 
-    def answers(name: str, model: Any) -> list[dict[str, Any]]:
-        made = [answer(model, tokenizer, prompt, asked["tokens"], asked["gap"]) for prompt in asked["prompts"]]
+    def of(name: str, model: Any) -> list[dict[str, Any]]:
+        made = answers(model, tokenizer, asked["prompts"], asked["tokens"], asked["gap"])
         return [{"model": name, **each} for each in made]
 
-    found = answers(asked["base"], base)
+    found = of(asked["base"], base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's matter
         adapted = with_adapters(base, [Path(folder) for folder in asked["adapters"].values()])
     for name, folder in asked["adapters"].items():
         adapted.set_adapter(Path(folder).name)
-        found += answers(name, adapted)
+        found += of(name, adapted)
     json.dump(found, sys.stdout)
 
 
