@@ -62,7 +62,7 @@ class ServeConfig:
     policy: str = _option("fair", "Whose turn is next: shares of adapters, or by arrival.", ("fair", "fcfs"))
     cors_origin: tuple[str, ...] = _option((), "Origin whose pages may ask from a browser; repeatable.")
     max_body: str = _option("16MiB", "Most bytes of a request's body.")
-    body_timeout: float = _option(30.0, "Seconds a request's body may take to arrive.")
+    body_timeout: float = _option(30.0, "Seconds a request's head may take to arrive, and its body.")
     request_timeout: float | None = _option(
         None, "Seconds a request may take; X-Request-Timeout-S may ask for fewer, and without this for any number."
     )

@@ -50,7 +50,7 @@ from motet.server.guards import keys_of, limits_of, quotas_of
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
-from motet.server.slow_headers import PatientProtocol
+from motet.server.slow_headers import patient_for
 from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
@@ -213,7 +213,7 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
             log_level=config.log_level,
             access_log=False,
             lifespan="off",
-            http=PatientProtocol,
+            http=patient_for(assembled.limits.body_timeout_s),
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
         names = [info.version.name for info in service.registry.published()]
