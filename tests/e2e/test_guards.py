@@ -50,7 +50,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_ada
     said = server.log.read_text() + "".join(answers)
     assert code == 0, said
     assert "Traceback" not in said, said
-    assert len(answers) > 20
     for secret in (TENANT, POOR, FREE, ADMIN_KEY, str(folder), str(tiny_model), str(tiny_adapter)):
         assert secret not in said, said
 
