@@ -248,7 +248,8 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
     adapter_quotas, key_quotas = assembled.quotas
-    policy = Fair(adapter_quotas.weight) if config.policy == "fair" else Fcfs()
+    fair = Fair(lambda party: adapter_quotas.weight(party or steps.info.name))
+    policy = fair if config.policy == "fair" else Fcfs()
     scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:

@@ -162,6 +162,27 @@ def test_an_impossible_deadline_names_the_header(adapter: Path, given: str) -> N
     during(adapter, scenario)
 
 
+def test_what_cannot_be_cancelled_has_no_deadline(adapter: Path) -> None:
+    async def scenario(started: Running) -> None:
+        headers = {"Authorization": "Bearer admin-key-of-the-rig"}
+        async with client(started, timeout_s=1e-4) as asked:
+            body = {"lora_name": "another", "lora_path": str(adapter)}
+            assert (await asked.post("/v1/load_lora_adapter", json=body, headers=headers)).status_code == 200
+            for method, path in (
+                ("PUT", "/v1/adapters/x"),
+                ("DELETE", "/v1/adapters/x/y"),
+                ("POST", "/v1/adapters/x/rollback"),
+                ("POST", "/v1/unload_lora_adapter"),
+            ):
+                asking = {**headers, "X-Request-Timeout-S": "1"}
+                response = await asked.request(method, path, json={}, headers=asking)
+                assert (response.status_code, response.json()["error"]["param"]) == (400, "X-Request-Timeout-S")
+            assert code_of(await asked.post("/v1/completions", json=BODY)) == (504, "deadline_exceeded")
+        await started.nothing_is_held()
+
+    during(adapter, scenario)
+
+
 # ---------------------------------------------------------------------------------------------------------------- CORS
 
 
