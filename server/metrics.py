@@ -7,10 +7,10 @@ the same values.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from motet.server.engine.engine import EngineState
 
@@ -24,6 +24,7 @@ class Metrics:
         engine_state: the engine's latest picture.
         adapter_bytes: (used, budget) of the adapter memory.
         adapters: names of the resident adapters.
+        paths: rows by what computed them.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class Metrics:
         engine_state: Callable[[], EngineState],
         adapter_bytes: Callable[[], tuple[int, int]],
         adapters: Callable[[], list[str]],
+        paths: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._engine_state, self._adapter_bytes, self._adapters = engine_state, adapter_bytes, adapters
+        self._paths = paths
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.requests = self._counter("motet_requests", "Finished requests by how they ended.", ["outcome"])
@@ -60,6 +63,12 @@ class Metrics:
         yield from _gauges("Duration of the latest step.", state.step_s, "motet_step_seconds")
         yield from _gauges("Adapter memory in use.", used, "motet_adapter_memory_bytes")
         yield from _gauges("Adapter memory there is.", budget, "motet_adapter_memory_budget_bytes")
+        rows = CounterMetricFamily(
+            "motet_rows", "Rows computed by the native backend, and others by what kept them from it.", labels=["path"]
+        )
+        for path, count in self._paths().items():
+            rows.add_metric([path], count)
+        yield rows
         resident = self._adapters()
         yield from _gauges("Resident adapters.", len(resident), "motet_adapters_resident")
         lora = GaugeMetricFamily(

@@ -24,6 +24,8 @@ from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
+from motet.kernels.cpu.library import Engine as NativeEngine
+from motet.kernels.errors import BackendUnavailableError
 from motet.server.api.app import create_app
 from motet.server.api.classifying import Classifying
 from motet.server.api.measuring import no_score, text_score
@@ -62,7 +64,7 @@ class Assembled:
 
     Attributes:
         adapters: to load once the engine runs.
-        threads: processors that a step may compute on.
+        threads: processors that torch may compute on in a step.
         report: takes the stages that are still to come.
     """
 
@@ -87,13 +89,41 @@ def choose_device(asked: str) -> torch.device:
     return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(config: ServeConfig, report: Report) -> Loaded:
-    """The base model the options name, or the default one."""
+def load_base(config: ServeConfig, report: Report, engine: NativeEngine | None = None) -> Loaded:
+    """The base model the options name, or the default one.
+
+    Args:
+        engine: of the native backend; None leaves all to torch.
+    """
     device = choose_device(config.device)
     path = base_path(config.model)
     name = config.name or (DEFAULT_MODEL_NAME if config.model is None else Path(path).name)
     report(f"loading {name}")
-    return (load_vision if is_vision(path) else load)(path, name, config.dtype, device)
+    if is_vision(path):
+        return load_vision(path, name, config.dtype, device)
+    return load(path, name, config.dtype, device, engine)
+
+
+def native_engine(config: ServeConfig, threads: int, report: Report) -> NativeEngine | None:
+    """The compiled CPU backend, where the options and the installation have it.
+
+    Raises:
+        OptionError: it was asked for and cannot serve.
+    """
+    device = choose_device(config.device)
+    if config.native == "on" and device.type != "cpu":
+        raise OptionError(f"--native on: it computes on a CPU, not on {device}; add --device cpu")
+    if config.native == "off" or device.type != "cpu":
+        return None
+    try:
+        engine = NativeEngine(threads)
+    except BackendUnavailableError as error:
+        if config.native == "on":
+            raise OptionError(f"--native on: {error}") from error
+        report(f"computing with torch alone, several times slower: {error}")
+        return None
+    report(f"native CPU backend: {engine.processor.name}, {threads} threads")
+    return engine
 
 
 def base_path(model: str | None) -> str:
@@ -127,7 +157,9 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
-    loaded = load_base(config, report)
+    loaded = load_base(config, report, native_engine(config, threads, report))
+    if isinstance(loaded, LoadedModel) and loaded.native is not None:
+        threads = 1  # torch's own threads would spin against those of the native backend
     residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
@@ -242,6 +274,7 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
             engine_state=lambda: engine.state,
             adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
             adapters=lambda: [info.version.name for info in registry.published()],
+            paths=steps.paths,
         ),
         keys=assembled.keys,
         adapter_roots=[Path(root).expanduser() for root in config.adapter_root],

@@ -15,6 +15,7 @@ import torch
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.adapters.spec import NOTHING_DECLARED, Declared
+from motet.kernels.cpu.library import Processor
 from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
@@ -24,6 +25,7 @@ from motet.server.model.batch import EffectsBuilder
 from motet.server.model.loader import LoadedModel, prepare
 from motet.server.model.runner import ModelRunner
 from motet.server.serve import new_registry
+from tests.support.native import native_engine
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 Part = tuple[str, tuple[float, ...] | None]
@@ -65,8 +67,11 @@ class Harness:
         rows: int = 64,
         generations: int = 32,
         arena_bytes: int = 64 << 20,
+        native: bool = True,
+        processor: Processor | None = None,
     ) -> None:
-        self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base")
+        engine = native_engine(processor) if native and backend == "cpu" else None
+        self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base", engine)
         self.loaded.allocate_cache(blocks, block_size)
         self.registry: Registry = new_registry(self.loaded, arena_bytes)
         targets = list(self.loaded.base.targets.values())
@@ -76,6 +81,7 @@ class Harness:
             backend,
             embedding=self.loaded.embedding_path,
             head=self.loaded.head_path,
+            engine=engine,
         )
         self.runner = RecordingRunner(self.loaded, effects)
         self.pool = BlockPool(blocks, block_size)
