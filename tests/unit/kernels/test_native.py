@@ -130,7 +130,7 @@ def test_what_cannot_be_packed() -> None:
 def test_low_rank_products_on_every_processor(processor: Processor, dtype: torch.dtype) -> None:
     runs = [Run(0, 1), Run(None, 1), Run(1, 6), Run(2, 1), Run(0, 13)]
     ranks = [[16, 3], [0, 40], [5, 1]]
-    case = make_case(runs, ranks, [(96, 192), (192, 144)], unit=48, dtype=dtype, gate="random")
+    case = make_case(runs, ranks, [(72, 192), (200, 136)], unit=8, dtype=dtype, gate="random")
     engine = engine_of(processor)
     case.run("native", engine)
     engine.poison()
