@@ -24,7 +24,12 @@ ADAPTERS = ["a", 'odd "name"\\']
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(engine_state=lambda: STATE, adapter_bytes=lambda: (10, 40), adapters=lambda: ADAPTERS)
+    return Metrics(
+        engine_state=lambda: STATE,
+        adapter_bytes=lambda: (10, 40),
+        adapters=lambda: ADAPTERS,
+        paths=lambda: {"native": 70, "overlay": 2},
+    )
 
 
 def samples(metrics: Metrics) -> dict[str, list[Sample]]:
@@ -108,3 +113,8 @@ def test_two_servers_in_one_process_do_not_share_series(metrics: Metrics) -> Non
     other = Metrics(engine_state=EngineState, adapter_bytes=lambda: (0, 0), adapters=list)
     other.generated_tokens.inc(5)
     assert samples(metrics)["motet_generated_tokens_total"][0].value == 0
+
+
+def test_rows_are_told_by_what_computed_them(metrics: Metrics) -> None:
+    rows = {sample.labels["path"]: sample.value for sample in samples(metrics)["motet_rows_total"]}
+    assert rows == {"native": 70, "overlay": 2}
