@@ -16,10 +16,17 @@
     │   └── GoldenError
     ├── RegistryError
     │   ├── AdapterNotFoundError
+    │   │   └── VersionNotServedError
     │   ├── AdapterExistsError
     │   ├── InvalidNameError
     │   ├── SourceChangedError
+    │   ├── VersionConflictError
+    │   ├── NameBusyError
+    │   ├── PublishesFullError
+    │   ├── AdapterFailedError
+    │   ├── CatalogueError
     │   ├── ArenaFullError
+    │   ├── HostFullError
     │   └── UnmeasuredError
     ├── ExportError              the folder to write cannot be written
     ├── GateError                what a request gives for its gate cannot be used
@@ -97,6 +104,10 @@ class AdapterNotFoundError(RegistryError):
     """No adapter is published under the name."""
 
 
+class VersionNotServedError(AdapterNotFoundError):
+    """The name means another version than the one that was asked for."""
+
+
 class AdapterExistsError(RegistryError):
     """The name is taken and replacement was not asked for."""
 
@@ -106,11 +117,35 @@ class InvalidNameError(RegistryError):
 
 
 class SourceChangedError(RegistryError):
-    """The published version is not what its source holds now."""
+    """The source holds something else than it should."""
+
+
+class VersionConflictError(RegistryError):
+    """The name means another version than whoever changes it thinks."""
+
+
+class NameBusyError(RegistryError):
+    """Somebody else changes the same name."""
+
+
+class PublishesFullError(RegistryError):
+    """As many adapters are being published as may be at once."""
+
+
+class AdapterFailedError(RegistryError):
+    """The name's version could not be restored."""
+
+
+class CatalogueError(RegistryError):
+    """The catalogue cannot be opened, read or written."""
 
 
 class ArenaFullError(RegistryError):
     """The adapter does not fit into the adapter memory that is left."""
+
+
+class HostFullError(RegistryError):
+    """What must stay of the adapter does not fit into the host memory that is left."""
 
 
 class UnmeasuredError(RegistryError):

@@ -18,32 +18,42 @@ import uvicorn
 
 from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
+from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
+from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
+from motet.adapters.origin import folders
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
+from motet.adapters.tiers import Tiers
 from motet.kernels.cpu.library import Engine as NativeEngine
-from motet.kernels.errors import BackendUnavailableError
-from motet.server.api.app import create_app
+from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
+from motet.server.api.keys import Keys
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
+from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
-from motet.server.api.service import Keys, Service
+from motet.server.api.service import Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
-from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
+from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
+from motet.server.engine.policy import Fair, Fcfs
 from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease
-from motet.server.metrics import Metrics
+from motet.server.first import open_catalogue, publish_first, require_possible
+from motet.server.guards import keys_of, limits_of, quotas_of
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
+from motet.server.native import native_engine, with_rows
+from motet.server.slow_headers import PatientProtocol
+from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -52,6 +62,8 @@ CPU_MEMORY_BYTES = 1 << 30
 """Default of --kv-memory and --adapter-memory on a CPU; committed by the operating system as it is first used."""
 CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
 """Default shares of the free device memory after the base model is loaded."""
+HOST_SHARE = 0.25
+"""Of the machine's memory, at most HOST_BYTES: default of --host-memory."""
 CACHE_BYTES = 10 << 30
 """Default of --adapter-cache-size."""
 LAST_WORDS_S = 3
@@ -66,16 +78,20 @@ class Assembled:
         adapters: to load once the engine runs.
         threads: processors that torch may compute on in a step.
         report: takes the stages that are still to come.
+        quotas: of adapters, and of keys.
     """
 
     loaded: Loaded
     residency: Residency
     cache: LoweredCache | None
+    tiers: Tiers
     adapters: tuple[tuple[str, Path, Declared], ...]
     steps: Steps
     keys: Keys
     threads: int
     report: Report
+    limits: RequestLimits
+    quotas: tuple[Quotas, Quotas]
 
 
 def choose_device(asked: str) -> torch.device:
@@ -90,11 +106,7 @@ def choose_device(asked: str) -> torch.device:
 
 
 def load_base(config: ServeConfig, report: Report, engine: NativeEngine | None = None) -> Loaded:
-    """The base model the options name, or the default one.
-
-    Args:
-        engine: of the native backend; None leaves all to torch.
-    """
+    """The base model the options name, or the default one; without an engine torch computes all."""
     device = choose_device(config.device)
     path = base_path(config.model)
     name = config.name or (DEFAULT_MODEL_NAME if config.model is None else Path(path).name)
@@ -102,28 +114,6 @@ def load_base(config: ServeConfig, report: Report, engine: NativeEngine | None =
     if is_vision(path):
         return load_vision(path, name, config.dtype, device)
     return load(path, name, config.dtype, device, engine)
-
-
-def native_engine(config: ServeConfig, threads: int, report: Report) -> NativeEngine | None:
-    """The compiled CPU backend, where the options and the installation have it.
-
-    Raises:
-        OptionError: it was asked for and cannot serve.
-    """
-    device = choose_device(config.device)
-    if config.native == "on" and device.type != "cpu":
-        raise OptionError(f"--native on: it computes on a CPU, not on {device}; add --device cpu")
-    if config.native == "off" or device.type != "cpu":
-        return None
-    try:
-        engine = NativeEngine(threads)
-    except BackendUnavailableError as error:
-        if config.native == "on":
-            raise OptionError(f"--native on: {error}") from error
-        report(f"computing with torch alone, several times slower: {error}")
-        return None
-    report(f"native CPU backend: {engine.processor.name}, {threads} threads")
-    return engine
 
 
 def base_path(model: str | None) -> str:
@@ -149,23 +139,22 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     Raises:
         OptionError, ModelError, AdapterError: something the options name cannot be served.
     """
-    keys = Keys(
-        inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
-        admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
-    )
+    keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
+    require_possible(config, adapters)
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
-    loaded = load_base(config, report, native_engine(config, threads, report))
-    if isinstance(loaded, LoadedModel) and loaded.native is not None:
-        threads = 1  # torch's own threads would spin against those of the native backend
+    loaded = load_base(config, report, native_engine(config, choose_device(config.device), threads, report))
     residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
+        threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
-    return Assembled(loaded, residency, cache, adapters, steps, keys, threads, report)
+    host = HostTier(_host_budget(config))
+    tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
+    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, threads, report, limits, quotas)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
@@ -189,6 +178,14 @@ def _budget(text: str, option: str, device: torch.device) -> int:
     return CPU_MEMORY_BYTES
 
 
+def _host_budget(config: ServeConfig) -> int:
+    given = parse_bytes("host-memory", config.host_memory)
+    if given is not None:
+        return given
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(HOST_BYTES, int(whole * HOST_SHARE))
+
+
 def own_the_processors(engine: Engine) -> None:
     """Start the step thread as the only one that computes on all processors; every later thread gets one.
 
@@ -206,26 +203,28 @@ def _prepare_steps(steps: Steps, threads: int) -> None:
         steps.runner.run(plan)
 
 
-def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
-    """Serve until a signal ends it; `ready` is called once requests are answered."""
+def run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
+    """Serve until a signal ends it; `ready` hears the adapters' names once requests are answered."""
     asyncio.run(_run(config, assembled, ready))
 
 
-async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
+async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
     async with opened(config, assembled) as service:
-        for name, folder, declared in assembled.adapters:
-            assembled.report(f"loading adapter {name}")
-            await asyncio.to_thread(service.registry.load, name, folder, declared)
+        await asyncio.to_thread(publish_first, service.registry, assembled.adapters, assembled.report)
         settings = uvicorn.Config(
-            create_app(service),
+            create_app(service, assembled.limits),
             config.host,
             config.port,
             log_level=config.log_level,
             access_log=False,
             lifespan="off",
+            http=PatientProtocol,
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
-        await DrainingServer(settings, service, config.drain_timeout, ready).serve()
+        names = [info.version.name for info in service.registry.published()]
+        for info in service.registry.published():
+            service.apply_quota(info)
+        await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
 
 @contextlib.asynccontextmanager
@@ -236,19 +235,26 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         golden: whether golden log-probabilities are checked, and a lossy form's error is measured, before an adapter is
             published.
     """
-    service = _service(config, assembled, golden)
-    own_the_processors(service.engine)
+    catalogue = open_catalogue(config, assembled.loaded.base)
     try:
-        yield service
+        service = _service(config, assembled, catalogue, golden)
+        own_the_processors(service.engine)
+        try:
+            yield service
+        finally:
+            service.engine.stop()
     finally:
-        service.engine.stop()
+        assembled.tiers.stop()
+        catalogue.close()
 
 
-def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service:
+def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, golden: bool) -> Service:
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
-    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits)
+    adapter_quotas, key_quotas = assembled.quotas
+    policy = Fair(adapter_quotas.weight) if config.policy == "fair" else Fcfs()
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
@@ -256,12 +262,16 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
 
     prepare = functools.partial(_prepare_steps, steps, assembled.threads)
     engine = Engine(scheduler, steps.runner, streams.publish, end_lease, prepare)
+    assembled.tiers.listen(engine.wake)
     check = score = None
     scorer = Scorer(steps.info, engine, streams)
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score)
+    resolve = folders([Path(root).expanduser() for root in config.adapter_root])
+    registry = Registry(
+        assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers, catalogue, resolve
+    )
     return Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
@@ -270,15 +280,11 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         streams=streams,
         merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
-        metrics=Metrics(
-            engine_state=lambda: engine.state,
-            adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
-            adapters=lambda: [info.version.name for info in registry.published()],
-            paths=steps.paths,
-        ),
+        metrics=with_rows(everything(lambda: engine.state, assembled.tiers, registry, steps.info.name), steps.paths),
         keys=assembled.keys,
-        adapter_roots=[Path(root).expanduser() for root in config.adapter_root],
         max_waiting=config.max_waiting,
+        adapter_quotas=adapter_quotas,
+        key_quotas=key_quotas,
     )
 
 

@@ -82,7 +82,7 @@ class Lease(Protocol):
 
     @property
     def slot(self) -> Slot:
-        """Where that version is resident."""
+        """Where that version is on the device; valid only while it is held, see `Memory`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +122,10 @@ class Generation:
         blocks: cache blocks, in order of position.
         cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         prompt_reported: positions of the prompt whose log-probabilities were published.
+        counted_to: whom its service is counted to; None counts it to its first adapter.
+        arrival: its number in the order of arrival; given by the scheduler.
+        submitted_s: when it was submitted, by the scheduler's clock.
+        queue_s: from there to its first admission.
     """
 
     id: GenerationId
@@ -134,6 +138,17 @@ class Generation:
     blocks: list[BlockId] = field(default_factory=list)
     cached_tokens: int | None = None
     prompt_reported: int = 0
+    counted_to: str | None = None
+    arrival: int = 0
+    submitted_s: float = 0.0
+    queue_s: float = 0.0
+
+    @property
+    def party(self) -> str:
+        """Whom its service is counted to; empty for the base."""
+        if self.counted_to is not None:
+            return self.counted_to
+        return self.applied[0].lease.version.name if self.applied else ""
 
     @property
     def namespace(self) -> Hashable:
@@ -241,6 +256,7 @@ class TokenEvent:
         token: drawn token; None when only the prompt advanced or the generation ended without one.
         feature, class_logits: with the first token, where asked for.
         cached_tokens: prompt tokens the prefix cache spared.
+        queue_s: how long it waited before it first ran.
     """
 
     generation: GenerationId
@@ -252,6 +268,29 @@ class TokenEvent:
     feature: Any = None
     error: str | None = None
     class_logits: Any = None
+    queue_s: float = 0.0
+
+
+class Memory(Protocol):
+    """Which versions are on the device. Implemented by motet.adapters.tiers; a fake in the engine's unit tests.
+
+    Note: called by the step thread; no method blocks. Whatever happens later is told by `Engine.wake`.
+    """
+
+    def hold(self, leases: Sequence[Lease]) -> bool:
+        """Keep all of these versions on the device until let_go; False, and nothing held, while one is not there."""
+
+    def let_go(self, leases: Sequence[Lease]) -> None:
+        """End what one successful `hold` of the same leases began."""
+
+    def want(self, leases: Sequence[Lease]) -> None:
+        """What queued generations need next, most urgent first, at most MOST_WANTED; replaces the last such list."""
+
+    def failure(self, lease: Lease) -> str | None:
+        """Why a version cannot be brought to the device; its generations end with this error."""
+
+
+MOST_WANTED = 32
 
 
 class Runner(Protocol):

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from motet.adapters.addresses import Addresses, Int32
 from motet.adapters.base import Kind, Target
-from motet.adapters.residency import Addresses, Int32, Residency
+from motet.adapters.residency import Residency
 from motet.adapters.version import Slot
 from motet.kernels.cpu.library import Engine
 from motet.kernels.dispatch import Backend, low_rank_plan, sign_plan, sparse_plan
@@ -24,6 +25,7 @@ from motet.kernels.segments import Segments, TargetShape
 from motet.kernels.sign import SignSegments
 from motet.kernels.sparse import SparseSegments
 from motet.server.engine.types import Span
+from motet.server.model.division import Division
 from motet.server.model.embedding import EmbeddedRun
 from motet.server.model.gating import GatedRows, rank_row_factors, row_gates
 from motet.server.model.inject import AddedTokens, StepEffects
@@ -31,8 +33,6 @@ from motet.server.model.overlay import OverlayPlan
 
 PARTS = 2
 """Of a step: what runs natively and what its modules compute. Each has effects to reuse."""
-MOST_LAYERED = 8
-"""Adapters of one row in a native step, as kernels/cpu/native/adapters.h has it."""
 
 
 class Run(NamedTuple):
@@ -69,8 +69,8 @@ class EffectsBuilder:
     """Builds a step's effects from the spans' slots and gates.
 
     Note: the previous step's effects are reused while the same slots and gates stand at the same rows, as they do for
-    most decode steps, and no slot was filled or freed in between. A span's second and further adapters are low-rank
-    pairs alone.
+    most decode steps, and none of those slots was filled anew in between. A span's second and further adapters are
+    low-rank pairs alone.
     """
 
     def __init__(
@@ -97,17 +97,16 @@ class EffectsBuilder:
         self._backend, self._engine = backend, engine
         self._embedding, self._head = embedding, head
         self._of_kind = {kind: [target for target in targets if target.kind is kind] for kind in Kind}
-        self._latest: deque[tuple[tuple[Layers, int, int], StepChanges]] = deque(maxlen=PARTS)
-        self._latest_head: deque[tuple[tuple[Layers, int, int], StepEffects]] = deque(maxlen=PARTS)
-        self._modules_only: dict[Slot, str | None] = {}
-        self._epoch: int | None = None
+        self.division = Division(residency, targets, {embedding, head})
+        self._latest: deque[tuple[tuple[Layers, int, list[int]], StepChanges]] = deque(maxlen=PARTS)
+        self._latest_head: deque[tuple[tuple[Layers, int, list[int]], StepEffects]] = deque(maxlen=PARTS)
 
     def build(self, spans: Sequence[Span]) -> StepChanges:
         """Effects for the rows of these spans."""
         layers, rows = _layers([(span, len(span.tokens) * self._rows_of_position) for span in spans])
         if not layers:
             return StepChanges()
-        key = (layers, rows, self._residency.epoch)
+        key = (layers, rows, self._placings(layers))
         changes = next((known for of, known in self._latest if of == key), None)
         if changes is None:
             body = self._build(Kind.LINEAR, layers, rows)
@@ -118,26 +117,9 @@ class EffectsBuilder:
             return changes
         return replace(changes, head=self._build_head(spans))
 
-    def modules_only(self, span: Span) -> str | None:
-        """What of a span's adapters the layers' modules alone compute, no whole native step; None where nothing."""
-        if self._epoch != self._residency.epoch:
-            self._modules_only, self._epoch = {}, self._residency.epoch
-        for one in span.applied:
-            slot = one.lease.slot
-            if slot not in self._modules_only:
-                self._modules_only[slot] = self._beyond_native(slot)
-            if (kind := self._modules_only[slot]) is not None:
-                return kind
-        return "layered" if len(span.applied) > MOST_LAYERED else None
-
-    def _beyond_native(self, slot: Slot) -> str | None:
-        replaced = {path.rpartition(".")[0] for path in self._residency.overlays(slot)}
-        if replaced - {self._embedding, self._head}:
-            return "overlay"
-        at = self._residency.addresses([slot]).of(slice(0, len(self._of_kind[Kind.LINEAR])))
-        if at.columns.any() or at.rows.any():
-            return "sparse"
-        return "sign" if at.has_sign.any() else None
+    def _placings(self, layers: Layers) -> list[int]:
+        """Equal while every slot holds what it held."""
+        return [self._residency.placing(run.slot) for runs in layers for run in runs]
 
     def position_overlays(self, spans: Sequence[Span]) -> OverlayPlan | None:
         """Replacements for modules whose rows are the positions, not what a position is made of."""
@@ -149,7 +131,7 @@ class EffectsBuilder:
         layers = [[run for run in runs if self._head in self._residency.touched(run.slot)] for runs in layers]
         if not any(layers):
             return None
-        key = (layers, rows, self._residency.epoch)
+        key = (layers, rows, self._placings(layers))
         head = next((known for of, known in self._latest_head if of == key), None)
         if head is None:
             wider = self._wider(layers[0])

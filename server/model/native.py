@@ -1,7 +1,7 @@
 """The whole step of a decoder of Llama's shape in one native call.
 
 Must not know: requests, sampling, methods. Which models it serves is decided once, at load, from their modules and by
-the self-check; which rows, from what their adapters do (`motet.server.model.batch.EffectsBuilder.modules_only`).
+the self-check; which rows, from what their adapters do (`motet.server.model.division`).
 
 Shapes: T rows, n rows whose logits or features are needed, D width of the model, V vocabulary, C targets, S segments.
 """

@@ -51,7 +51,7 @@ class ModelRunner:
         native: list[int] = []
         others: list[int] = []
         for index, span in enumerate(plan.spans):
-            why_not = "base" if self._loaded.native is None else self._effects.modules_only(span)
+            why_not = "base" if self._loaded.native is None else self._effects.division.modules_only(span)
             self.rows[why_not or NATIVE] += len(span.tokens)
             (others if why_not else native).append(index)
         results: dict[int, SpanResult] = {}

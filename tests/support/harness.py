@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from motet.adapters.cache import LoweredCache
+from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.adapters.spec import NOTHING_DECLARED, Declared
+from motet.adapters.tiers import Tiers
 from motet.kernels.cpu.library import Processor
 from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
@@ -24,7 +27,7 @@ from motet.server.engine.types import Applied, GenerationId, GivenInput, Samplin
 from motet.server.model.batch import EffectsBuilder
 from motet.server.model.loader import LoadedModel, prepare
 from motet.server.model.runner import ModelRunner
-from motet.server.serve import new_registry
+from motet.server.serve import new_residency
 from tests.support.native import native_engine
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
@@ -69,11 +72,15 @@ class Harness:
         arena_bytes: int = 64 << 20,
         native: bool = True,
         processor: Processor | None = None,
+        host_bytes: int = HOST_BYTES,
+        cache: LoweredCache | None = None,
     ) -> None:
         engine = native_engine(processor) if native and backend == "cpu" else None
         self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base", engine)
         self.loaded.allocate_cache(blocks, block_size)
-        self.registry: Registry = new_registry(self.loaded, arena_bytes)
+        residency, base = new_residency(self.loaded, arena_bytes), self.loaded.base
+        tiers = Tiers(residency, HostTier(host_bytes), cache, base.fingerprint)
+        self.registry = Registry(base, residency, cache, tiers=tiers)
         targets = list(self.loaded.base.targets.values())
         effects = EffectsBuilder(
             self.registry.residency,
@@ -85,7 +92,7 @@ class Harness:
         )
         self.runner = RecordingRunner(self.loaded, effects)
         self.pool = BlockPool(blocks, block_size)
-        self.scheduler = Scheduler(self.pool, StepLimits(rows, generations))
+        self.scheduler = Scheduler(self.pool, StepLimits(rows, generations), self.registry.tiers)
         self.engine = Engine(self.scheduler, self.runner, self._publish, self._end_lease)
         self._results: dict[GenerationId, Generated] = {}
         self._next = 0

@@ -6,8 +6,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from motet.server.adapter_metrics import LATENCY_BUCKETS_S
 from motet.server.engine.engine import EngineState
-from motet.server.metrics import LATENCY_BUCKETS_S, Metrics
+from motet.server.metrics import Metrics
 
 STATE = EngineState(
     running=3,
@@ -24,12 +25,7 @@ ADAPTERS = ["a", 'odd "name"\\']
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(
-        engine_state=lambda: STATE,
-        adapter_bytes=lambda: (10, 40),
-        adapters=lambda: ADAPTERS,
-        paths=lambda: {"native": 70, "overlay": 2},
-    )
+    return Metrics(engine_state=lambda: STATE, adapter_bytes=lambda: (10, 40), adapters=lambda: ADAPTERS)
 
 
 def samples(metrics: Metrics) -> dict[str, list[Sample]]:
@@ -62,9 +58,17 @@ def test_the_names_that_dashboards_know(metrics: Metrics) -> None:
         "motet_adapter_loads_total",
         *(
             f"motet_{latency}_seconds_{part}"
-            for latency in ("time_to_first_token", "inter_token_latency", "request")
+            for latency in (
+                "time_to_first_token",
+                "inter_token_latency",
+                "request",
+                "adapter_ttft",
+                "adapter_itl",
+                "adapter_queue",
+            )
             for part in ("bucket", "count", "sum")
         ),
+        *(f"motet_adapter_uncertainty_{part}" for part in ("bucket", "count", "sum")),
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",
@@ -113,8 +117,3 @@ def test_two_servers_in_one_process_do_not_share_series(metrics: Metrics) -> Non
     other = Metrics(engine_state=EngineState, adapter_bytes=lambda: (0, 0), adapters=list)
     other.generated_tokens.inc(5)
     assert samples(metrics)["motet_generated_tokens_total"][0].value == 0
-
-
-def test_rows_are_told_by_what_computed_them(metrics: Metrics) -> None:
-    rows = {sample.labels["path"]: sample.value for sample in samples(metrics)["motet_rows_total"]}
-    assert rows == {"native": 70, "overlay": 2}

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from motet.kernels.cpu import library
-from motet.server.config import OptionError, ServeConfig
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
-from motet.server.serve import native_engine, own_the_processors
+from motet.server.serve import own_the_processors
+from tests.support.fake_memory import FakeMemory
 from tests.support.fake_runner import FakeRunner
 
 
@@ -33,7 +32,7 @@ def test_only_the_step_thread_computes_on_all_processors() -> None:
         torch.set_num_threads(3)
         seen["steps"] = torch.get_num_threads()
 
-    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1))
+    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1), FakeMemory())
     engine = Engine(scheduler, FakeRunner(4), lambda events: None, lambda lease: None, prepare)
     own_the_processors(engine)
     loader = threading.Thread(target=lambda: seen.update(loader=torch.get_num_threads()))
@@ -45,7 +44,7 @@ def test_only_the_step_thread_computes_on_all_processors() -> None:
 
 
 def test_an_engine_that_cannot_be_prepared_says_why() -> None:
-    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1))
+    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1), FakeMemory())
 
     def prepare() -> None:
         raise MemoryError("no room to warm up")
@@ -53,30 +52,3 @@ def test_an_engine_that_cannot_be_prepared_says_why() -> None:
     engine = Engine(scheduler, FakeRunner(4), lambda events: None, lambda lease: None, prepare)
     with pytest.raises(MemoryError, match="no room to warm up"):
         engine.start()
-
-
-def test_the_native_backend_is_said_once() -> None:
-    said: list[str] = []
-    engine = native_engine(ServeConfig(device="cpu"), 2, said.append)
-    assert engine is not None
-    assert said == [f"native CPU backend: {engine.processor.name}, 2 threads"]
-    assert native_engine(ServeConfig(device="cpu", native="off"), 2, said.append) is None
-    assert len(said) == 1
-
-
-def test_without_it_torch_computes_unless_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "library", lambda: None)
-    said: list[str] = []
-    assert native_engine(ServeConfig(device="cpu"), 2, said.append) is None
-    assert len(said) == 1
-    assert "torch alone" in said[0]
-    assert "compiler" in said[0]
-    with pytest.raises(OptionError, match="--native on: .*not compiled"):
-        native_engine(ServeConfig(device="cpu", native="on"), 2, said.append)
-
-
-def test_it_computes_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert native_engine(ServeConfig(device="cuda"), 2, pytest.fail) is None
-    with pytest.raises(OptionError, match="--native on.*not on cuda; add --device cpu"):
-        native_engine(ServeConfig(device="cuda", native="on"), 2, pytest.fail)

@@ -24,9 +24,16 @@ OWN_STATUS: dict[type[AdapterError], tuple[int, str]] = {
     errors.UnsafePathError: (403, "adapter_path_forbidden"),
     errors.AdapterExistsError: (400, "adapter_exists"),
     errors.SourceChangedError: (409, "adapter_source_changed"),
+    errors.VersionNotServedError: (404, "version_not_served"),
+    errors.VersionConflictError: (409, "version_conflict"),
+    errors.NameBusyError: (423, "publish_in_progress"),
+    errors.PublishesFullError: (429, "publishes_full"),
+    errors.AdapterFailedError: (503, "adapter_failed"),
+    errors.CatalogueError: (503, "catalogue_unavailable"),
     errors.GoldenError: (400, "adapter_golden_mismatch"),
     errors.GateError: (400, "gate_refused"),
     errors.ArenaFullError: (507, "adapter_memory_full"),
+    errors.HostFullError: (507, "host_memory_full"),
 }
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from motet.kernels.cpu.library import Processor, processors
 from motet.server.model import loader
-from motet.server.model.batch import EffectsBuilder
+from motet.server.model.division import Division
 from motet.server.model.native import NativeDecoder
 from tests.support.harness import GREEDY, Harness, Using
 from tests.support.models import ALL_LINEARS, save_peft, tiny_gemma3, tiny_llama, tiny_qwen2
@@ -130,7 +130,7 @@ def test_what_is_stale_in_a_block_is_cleared(adapters: dict[str, Path], monkeypa
         for blocks in cache.values():
             blocks[:-1] = torch.nan
     paths = iter([None, "overlay", "overlay"])
-    monkeypatch.setattr(EffectsBuilder, "modules_only", lambda *_: next(paths))
+    monkeypatch.setattr(Division, "modules_only", lambda *_: next(paths))
     (made,) = harness.run([(PROMPTS[0], None)], dataclasses.replace(GREEDY, max_tokens=3))
     assert torch.stack(made.logits).isfinite().all()
     assert harness.runner.rows == {"native": len(PROMPTS[0]), "overlay": 2}
