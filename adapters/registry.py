@@ -32,8 +32,10 @@ from motet.adapters.golden import Golden
 from motet.adapters.heads import HeadFile
 from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease, Leases, Resident
+from motet.adapters.loader import Background
 from motet.adapters.lowering import Lowering, lower, lower_again
 from motet.adapters.mixture import obstacle
+from motet.adapters.packed import Packed
 from motet.adapters.receipt import Receipt, receipt
 from motet.adapters.residency import Residency
 from motet.adapters.spec import NOTHING_DECLARED, Declared
@@ -112,6 +114,7 @@ class Registry:
         self.tiers = tiers or Tiers(residency, HostTier(HOST_BYTES), cache, base.fingerprint)
         self.leases = Leases(self.tiers.drop)
         self.derived = Derived(self.tiers, self.leases)
+        self._background = Background()
         self._lock = threading.Lock()
         self._published: dict[str, _Entry] = {}
 
@@ -131,8 +134,7 @@ class Registry:
         Note: waits for the engine where the folder has golden log-probabilities, and where a lossy form is asked for.
         """
         self._check_name(name, replace)
-        lowering = lower(folder, declared, self.base, self._cache)
-        facts = receipt(lowering, self.base, self.residency.bytes_needed)
+        lowering, facts, packed = self._background.run(lambda: self._lowered(folder, declared))
         vouched = golden.read(folder, lowering.lowered) if self._check else None
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
@@ -140,7 +142,7 @@ class Registry:
             self.tiers.place_beside(exact, lowering.exact.lowered)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
-        resident = self._admit(AdapterVersion(name, lowering.digest), lowering, folder, declared)
+        resident = self._admit(AdapterVersion(name, lowering.digest), lowering, packed, folder, declared)
         try:
             if self._check is not None and vouched is not None:
                 self._check(vouched, lambda: self.leases.take(resident))
@@ -236,13 +238,20 @@ class Registry:
         with self._lock:
             return self._info(self._entry(name))
 
-    def _admit(self, version: AdapterVersion, lowering: Lowering, folder: Path, declared: Declared) -> Resident:
+    def _lowered(self, folder: Path, declared: Declared) -> tuple[Lowering, Receipt, Packed]:
+        lowering = lower(folder, declared, self.base, self._cache)
+        facts = receipt(lowering, self.base, self.residency.bytes_needed)
+        return lowering, facts, self.residency.pack(lowering.lowered)
+
+    def _admit(
+        self, version: AdapterVersion, lowering: Lowering, packed: Packed, folder: Path, declared: Declared
+    ) -> Resident:
         lowered = lowering.lowered
         gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
         resident = Resident(version, lowering.own, gate, unmixable, lowering.head)
         again = functools.partial(lower_again, version, folder, declared, self.base, self._cache)
         try:
-            self.derived.admit(resident, self.residency.pack(lowered), again)
+            self._background.run(lambda: self.derived.admit(resident, packed, again))
         except ArenaFullError as error:
             exact = lowering.exact or lowering
             raise ArenaFullError(f"{error}{offer(exact.lowered, self.base, self.residency.bytes_needed)}") from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +21,10 @@ from motet.adapters.errors import (
     MissingTensorError,
     SourceNotFoundError,
 )
+from motet.adapters.host import HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
+from motet.adapters.tiers import Tiers
 from tests.support.bases import residency_of
 from tests.unit.adapters.conftest import Bench, edit
 
@@ -178,6 +183,37 @@ def test_failed_load_leaves_nothing_behind(
     registry.load("de", folders[1])  # the place is still there, in one piece
 
 
+def test_a_version_that_neither_memory_nor_source_has_any_more_is_told_to_who_waits(
+    llama: Bench, folders: list[Path], one_bytes: int, tmp_path: Path
+) -> None:
+    residency = residency_of(llama.base, budget_bytes=one_bytes)
+    registry = Registry(llama.base, residency, tiers=Tiers(residency, HostTier(0)))
+    folder = shutil.copytree(folders[0], tmp_path / "moving")
+    registry.load("moving", folder)
+    registry.load("other", folders[1])
+    waiting = [registry.acquire("other")]
+    registry.tiers.want(waiting)
+    held = registry.tiers.hold
+
+    def eventually(look: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + 20
+        while not look():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.002)
+
+    eventually(lambda: held(waiting))
+    registry.tiers.let_go(waiting)
+    shutil.rmtree(folder)
+    shutil.copytree(folders[2], folder)
+    lost = registry.acquire("moving")
+    registry.tiers.want([lost])
+    eventually(lambda: registry.tiers.failure(lost) is not None)
+    assert "its source has digest" in str(registry.tiers.failure(lost))
+    assert str(tmp_path) not in str(registry.tiers.failure(lost))
+    assert not held([lost])
+    registry.tiers.stop()
+
+
 def test_lease_ends_once(registry: Registry, folders: list[Path]) -> None:
     registry.load("fr", folders[0])
     lease = registry.acquire("fr")
@@ -216,9 +252,9 @@ def test_of_concurrent_loads_of_one_name_exactly_one_wins(
     registry: Registry, folders: list[Path], one_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = threading.Barrier(6)
-    pack = registry.residency.pack
+    run = registry._background.run
     # All have passed the first check of the name before any is published.
-    monkeypatch.setattr(registry.residency, "pack", lambda lowered: (together.wait(30), pack(lowered))[1])
+    monkeypatch.setattr(registry._background, "run", lambda work: (run(work), together.wait(30))[0])
 
     def load(i: int) -> AdapterError | str:
         try:
