@@ -13,11 +13,11 @@ from motet.adapters.approximate import approximate, digest as lossy_digest
 from motet.adapters.base import BaseModel
 from motet.adapters.cache import LoweredCache
 from motet.adapters.effects import Lowered
-from motet.adapters.errors import ShapeError, SourceChangedError
+from motet.adapters.errors import ShapeError
 from motet.adapters.heads import HEAD_CONFIG, HeadFile
 from motet.adapters.spec import Declared
 from motet.adapters.tokens import OwnTokenizer, own_tokenizer
-from motet.adapters.version import AdapterVersion, Digest
+from motet.adapters.version import Digest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,27 +64,6 @@ def lower(folder: Path, declared: Declared, base: BaseModel, cache: LoweredCache
     if form is None:
         return Lowering(digest, lowered, own=own, head=files.head)
     return Lowering(digest, lowered, Lowering(files.digest, exact, own=own), str(form), own, files.head)
-
-
-def lower_again(
-    version: AdapterVersion, folder: Path, declared: Declared, base: BaseModel, cache: LoweredCache | None
-) -> Lowered:
-    """What is served of a version that was lowered before: from the cache, or from its source.
-
-    Raises:
-        SourceChangedError: the source holds something else by now.
-        AdapterError: the source can no longer be read.
-    """
-    cached = cache.get(base.fingerprint, version.digest) if cache else None
-    if cached is not None:
-        return cached
-    found = lower(folder, declared, base, cache)
-    if found.digest != version.digest:
-        raise SourceChangedError(
-            f"adapter {version.name!r} is published with digest {version.digest}, but its source has digest "
-            f"{found.digest} by now; load it again to serve what its source holds"
-        )
-    return found.lowered
 
 
 def _require_fitting(head: HeadFile | None, base: BaseModel) -> None:

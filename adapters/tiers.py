@@ -200,6 +200,11 @@ class Tiers:
         """What a version takes now, by tier."""
         return {"device": 0 if resident.slot is None else resident.device_bytes, **self._supply.bytes_of(resident)}
 
+    def residents(self) -> list[Resident]:
+        """Every version that exists."""
+        with self._changed:
+            return list(self._again)
+
     @property
     def evictions(self) -> Mapping[tuple[str, str], int]:
         """(tier, reason) → how many."""

@@ -41,10 +41,30 @@ class ServeConfig:
         "NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base][,approximate=FORM] of an adapter to load at the "
         "start; repeatable.",
     )
+    catalogue: str | None = _option(
+        None, "File that keeps published names, versions and the audit trail; without it they end with the process."
+    )
+    versions_kept: int = _option(5, "Versions of each name that can be rolled back to, the current one included.")
     adapter_root: tuple[str, ...] = _option((), "Folder below which adapters may be loaded at run time; repeatable.")
-    api_key_file: str | None = _option(None, "File with one inference key per line; without keys inference is open.")
+    api_key_file: str | None = _option(
+        None, "File of inference keys, a line each: KEY [label=NAME] [adapters=PATTERN,...]; without keys it is open."
+    )
     admin_key_file: str | None = _option(
-        None, "File with one admin key per line; without one administration is closed."
+        None, "File of admin keys, a line each: KEY [label=NAME]; without one administration is closed."
+    )
+    adapter_quota: tuple[str, ...] = _option(
+        (),
+        "NAME=[requests:N][,tokens:N][,weight:W] a minute, of an adapter, the base or * for each other; repeatable.",
+    )
+    key_quota: tuple[str, ...] = _option(
+        (), "LABEL=[requests:N][,tokens:N] a minute, of a key or * for each other; repeatable."
+    )
+    policy: str = _option("fair", "Whose turn is next: shares of adapters, or by arrival.", ("fair", "fcfs"))
+    cors_origin: tuple[str, ...] = _option((), "Origin whose pages may ask from a browser; repeatable.")
+    max_body: str = _option("16MiB", "Most bytes of a request's body.")
+    body_timeout: float = _option(30.0, "Seconds a request's body may take to arrive.")
+    request_timeout: float | None = _option(
+        None, "Seconds a request may take; X-Request-Timeout-S may ask for fewer, and without this for any number."
     )
     adapter_memory: str = _option("auto", "Bytes for resident adapters, such as 2GiB.")
     host_memory: str = _option(

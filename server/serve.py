@@ -18,32 +18,40 @@ import uvicorn
 
 from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
+from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
 from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
+from motet.adapters.origin import folders
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
-from motet.server.api.app import create_app
+from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
+from motet.server.api.keys import Keys
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
+from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
-from motet.server.api.service import Keys, Service
+from motet.server.api.service import Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
-from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
+from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
+from motet.server.engine.policy import Fair, Fcfs
 from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease
-from motet.server.metrics import Metrics
+from motet.server.first import open_catalogue, publish_first, require_possible
+from motet.server.guards import keys_of, limits_of, quotas_of
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
+from motet.server.slow_headers import PatientProtocol
+from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -68,6 +76,7 @@ class Assembled:
         adapters: to load once the engine runs.
         threads: processors that a step may compute on.
         report: takes the stages that are still to come.
+        quotas: of adapters, and of keys.
     """
 
     loaded: Loaded
@@ -79,6 +88,8 @@ class Assembled:
     keys: Keys
     threads: int
     report: Report
+    limits: RequestLimits
+    quotas: tuple[Quotas, Quotas]
 
 
 def choose_device(asked: str) -> torch.device:
@@ -124,11 +135,9 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     Raises:
         OptionError, ModelError, AdapterError: something the options name cannot be served.
     """
-    keys = Keys(
-        inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
-        admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
-    )
+    keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
+    require_possible(config, adapters)
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
@@ -140,7 +149,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(_host_budget(config))
     tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
-    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, threads, report)
+    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, threads, report, limits, quotas)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
@@ -189,26 +198,28 @@ def _prepare_steps(steps: Steps, threads: int) -> None:
         steps.runner.run(plan)
 
 
-def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
-    """Serve until a signal ends it; `ready` is called once requests are answered."""
+def run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
+    """Serve until a signal ends it; `ready` hears the adapters' names once requests are answered."""
     asyncio.run(_run(config, assembled, ready))
 
 
-async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
+async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
     async with opened(config, assembled) as service:
-        for name, folder, declared in assembled.adapters:
-            assembled.report(f"loading adapter {name}")
-            await asyncio.to_thread(service.registry.load, name, folder, declared)
+        await asyncio.to_thread(publish_first, service.registry, assembled.adapters, assembled.report)
         settings = uvicorn.Config(
-            create_app(service),
+            create_app(service, assembled.limits),
             config.host,
             config.port,
             log_level=config.log_level,
             access_log=False,
             lifespan="off",
+            http=PatientProtocol,
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
-        await DrainingServer(settings, service, config.drain_timeout, ready).serve()
+        names = [info.version.name for info in service.registry.published()]
+        for info in service.registry.published():
+            service.apply_quota(info)
+        await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
 
 @contextlib.asynccontextmanager
@@ -219,20 +230,26 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         golden: whether golden log-probabilities are checked, and a lossy form's error is measured, before an adapter is
             published.
     """
-    service = _service(config, assembled, golden)
-    own_the_processors(service.engine)
+    catalogue = open_catalogue(config, assembled.loaded.base)
     try:
-        yield service
+        service = _service(config, assembled, catalogue, golden)
+        own_the_processors(service.engine)
+        try:
+            yield service
+        finally:
+            service.engine.stop()
     finally:
-        service.engine.stop()
         assembled.tiers.stop()
+        catalogue.close()
 
 
-def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service:
+def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, golden: bool) -> Service:
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
-    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers)
+    adapter_quotas, key_quotas = assembled.quotas
+    policy = Fair(adapter_quotas.weight) if config.policy == "fair" else Fcfs()
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
@@ -246,7 +263,10 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers)
+    resolve = folders([Path(root).expanduser() for root in config.adapter_root])
+    registry = Registry(
+        assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers, catalogue, resolve
+    )
     return Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
@@ -255,14 +275,11 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
         streams=streams,
         merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
-        metrics=Metrics(
-            engine_state=lambda: engine.state,
-            adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
-            adapters=lambda: [info.version.name for info in registry.published()],
-        ),
+        metrics=everything(lambda: engine.state, assembled.tiers, registry, steps.info.name),
         keys=assembled.keys,
-        adapter_roots=[Path(root).expanduser() for root in config.adapter_root],
         max_waiting=config.max_waiting,
+        adapter_quotas=adapter_quotas,
+        key_quotas=key_quotas,
     )
 
 

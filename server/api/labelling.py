@@ -15,9 +15,11 @@ from motet.adapters.errors import GateError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.heads import HeadFile
 from motet.adapters.lease import Lease
+from motet.adapters.version import AdapterVersion
 from motet.server.api import uses
 from motet.server.api.heads import Asking
 from motet.server.api.inputs import Prompt
+from motet.server.api.keys import Caller
 from motet.server.api.schemas import MOST_SEED
 from motet.server.api.scoring import FEATURE, Question
 from motet.server.api.service import Service
@@ -39,6 +41,18 @@ class Labeller:
 
     service: Service
     lease: Lease | None
+
+    @property
+    def versions(self) -> list[AdapterVersion]:
+        """The adapter's, or none."""
+        return [] if self.lease is None else [self.lease.version]
+
+    @property
+    def counted(self) -> tuple[str, str]:
+        """Name and version that its work is counted to; the base has no version."""
+        if self.lease is None:
+            return self.service.base.name, ""
+        return self.lease.version.name, self.lease.version.digest
 
     @property
     def head(self) -> HeadFile | None:
@@ -135,13 +149,13 @@ class Labeller:
 
 
 @contextlib.asynccontextmanager
-async def leased(service: Service, model: str) -> AsyncIterator[Labeller]:
+async def leased(service: Service, model: str, caller: Caller) -> AsyncIterator[Labeller]:
     """What the name means now, until the block is left.
 
     Raises:
         ApiError: there is no such model.
     """
-    lease = service.resolve(model)
+    lease = service.resolve(model, caller)
     try:
         yield Labeller(service, lease)
     finally:

@@ -15,6 +15,7 @@ import torch
 from motet.adapters.base import BaseModel, Target
 from motet.adapters.host import HostTier
 from motet.adapters.lease import Lease
+from motet.adapters.origin import folders
 from motet.adapters.registry import Registry
 from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion
@@ -22,9 +23,10 @@ from motet.server.api.app import create_app
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
 from motet.server.api.inputs import TextInputs
+from motet.server.api.keys import Keys
 from motet.server.api.merging import Merging
 from motet.server.api.scoring import Scorer, golden_check
-from motet.server.api.service import Keys, Service
+from motet.server.api.service import Service
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
@@ -99,7 +101,8 @@ class Running:
         engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
         info = BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0)
         self.scorer = Scorer(info, engine, streams)
-        self.registry = Registry(base, residency, check=golden_check(self.scorer, loop), tiers=tiers)
+        check, resolve = golden_check(self.scorer, loop), folders([adapter.parent])
+        self.registry = Registry(base, residency, check=check, tiers=tiers, resolve=resolve)
         tiers.listen(engine.wake)
         self.registry.load("adapted", adapter)
         self.service = Service(
@@ -112,7 +115,6 @@ class Running:
             classifying=Classifying(info, self.registry, self.scorer, TextInputs(TOKENIZER)),
             metrics=Metrics(lambda: engine.state, lambda: (0, 0), list),
             keys=Keys(admin=(ADMIN_KEY,)),
-            adapter_roots=[adapter.parent],
             max_waiting=max_waiting,
             ready=True,
         )
@@ -122,9 +124,9 @@ class Running:
     async def post(self, path: str = "/v1/completions", **change: Any) -> httpx.Response:
         return await self.client.post(path, json={**BODY, **change})
 
-    async def administer(self, method: str, path: str, **body: Any) -> httpx.Response:
+    async def administer(self, method: str, path: str, headers: Any = None, **body: Any) -> httpx.Response:
         """A request of the administrator."""
-        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}", **(headers or {})}
         return await self.client.request(method, path, json=body or None, headers=headers)
 
     async def eventually(self, look: Callable[[], bool]) -> None:
