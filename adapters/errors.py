@@ -20,9 +20,15 @@
     │   └── GoldenError
     ├── RegistryError
     │   ├── AdapterNotFoundError
+    │   │   └── VersionNotServedError
     │   ├── AdapterExistsError
     │   ├── InvalidNameError
     │   ├── SourceChangedError
+    │   ├── VersionConflictError
+    │   ├── NameBusyError
+    │   ├── PublishesFullError
+    │   ├── AdapterFailedError
+    │   ├── CatalogueError
     │   ├── ArenaFullError
     │   └── UnmeasuredError
     ├── ExportError              the folder to write cannot be written
@@ -117,6 +123,10 @@ class AdapterNotFoundError(RegistryError):
     """No adapter is published under the name."""
 
 
+class VersionNotServedError(AdapterNotFoundError):
+    """The name means another version than the one that was asked for."""
+
+
 class AdapterExistsError(RegistryError):
     """The name is taken and replacement was not asked for."""
 
@@ -126,7 +136,27 @@ class InvalidNameError(RegistryError):
 
 
 class SourceChangedError(RegistryError):
-    """The published version is not what its source holds now."""
+    """The source holds something else than it should."""
+
+
+class VersionConflictError(RegistryError):
+    """The name means another version than whoever changes it thinks."""
+
+
+class NameBusyError(RegistryError):
+    """Somebody else changes the same name."""
+
+
+class PublishesFullError(RegistryError):
+    """As many adapters are being published as may be at once."""
+
+
+class AdapterFailedError(RegistryError):
+    """The name's version could not be restored."""
+
+
+class CatalogueError(RegistryError):
+    """The catalogue cannot be opened, read or written."""
 
 
 class ArenaFullError(RegistryError):

@@ -1,82 +1,37 @@
 """Names, versions and leases: which adapter a name means now, and how long a version must stay.
 
-Must not know: HTTP, the scheduler, kernels, how log-probabilities are computed. A name points to a version; a request
-resolves it once and holds a lease until it ends. Publishing moves the pointer in one assignment; a version that no name
-points to is freed with its last lease.
+Must not know: HTTP, the scheduler, kernels, how a version is made, where names are kept. A name points to a version; a
+request resolves it once and holds a lease until it ends. Publishing moves the pointer in one assignment, after the
+catalogue has it on the disk; a version that no name points to is freed with its last lease.
 """
 
 from __future__ import annotations
 
-import re
+import contextlib
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from motet.adapters import golden
-from motet.adapters.approximate import offer
 from motet.adapters.base import BaseModel
 from motet.adapters.cache import LoweredCache
+from motet.adapters.catalogue import Act, Catalogue, Named
+from motet.adapters.condition import ANY, KNOWN, NEW, NO_TERMS, Condition, Terms
 from motet.adapters.derived import Derived
 from motet.adapters.effects import Lowered
-from motet.adapters.errors import (
-    AdapterExistsError,
-    AdapterNotFoundError,
-    ArenaFullError,
-    InvalidNameError,
-    SourceChangedError,
-)
-from motet.adapters.gates.build import build
-from motet.adapters.golden import Golden
-from motet.adapters.heads import HeadFile
-from motet.adapters.lease import Lease, Leases, Resident
-from motet.adapters.lowering import Lowering, lower
-from motet.adapters.mixture import obstacle
-from motet.adapters.receipt import Receipt, receipt
+from motet.adapters.errors import AdapterError, AdapterNotFoundError, NameBusyError, PublishesFullError
+from motet.adapters.lease import Lease, Leases
+from motet.adapters.names import check_name
+from motet.adapters.origin import Origin, Resolve, folders
+from motet.adapters.pointers import Entry, Pointers, unknown
+from motet.adapters.publishing import Check, Prepared, Publishing, Score
+from motet.adapters.receipt import Receipt
 from motet.adapters.residency import Residency
 from motet.adapters.spec import NOTHING_DECLARED, Declared
+from motet.adapters.standing import AdapterInfo, Standing
 from motet.adapters.version import AdapterVersion
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Entry:
-    resident: Resident
-    receipt: Receipt
-    folder: Path
-    declared: Declared
-    published_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """What is known about a published adapter.
-
-    Attributes:
-        published_s: Unix time of publication.
-        leases: requests that use the version now.
-        head: its output head, where it has one.
-    """
-
-    version: AdapterVersion
-    receipt: Receipt
-    published_s: float
-    leases: int
-    head: HeadFile | None = None
-
-
-Check = Callable[[Golden, Callable[[], Lease]], None]
-"""Computes golden log-probabilities through the engine, with leases that each call of the second argument gives.
-
-Raises GoldenError when they are not as expected; every lease it took, it has released or handed on.
-"""
-Score = Callable[[Callable[[], Lease]], Sequence[Sequence[float]]]
-"""Log-probabilities of the tokens of fixed texts through the engine, with leases as for Check.
-
-Raises UnmeasuredError when they cannot be computed.
-"""
+PUBLISHES = 2
+"""At once: a singular value decomposition takes a processor."""
 
 
 class Registry:
@@ -87,9 +42,11 @@ class Registry:
         check: asked before an adapter with golden log-probabilities is published; None where nothing is published for
             requests, as in `motet adapters inspect`.
         score: asked for both forms of an adapter before a lossy one is published; None where nothing is.
+        catalogue: where names are kept; None keeps them in memory.
+        resolve: finds what is published or restored.
 
-    Note: every method may be called from any thread. Files are read and lowered outside of the lock, so that running
-    requests never wait for a load.
+    Note: every method may be called from any thread. Nothing that requests wait for is held while files are read and
+    lowered, or the catalogue is written.
     """
 
     def __init__(
@@ -99,59 +56,104 @@ class Registry:
         cache: LoweredCache | None = None,
         check: Check | None = None,
         score: Score | None = None,
+        catalogue: Catalogue | None = None,
+        resolve: Resolve | None = None,
     ) -> None:
         self.base = base
         self.residency = residency
-        self._cache = cache
-        self._check = check
-        self._score = score
         self.leases = Leases(residency)
         self.derived = Derived(residency, self.leases)
+        self.catalogue = catalogue or Catalogue(None, base.fingerprint)
+        self._publishing = Publishing(
+            base, residency, self.leases, self.derived, cache, check, score, resolve or folders(())
+        )
+        self._pointers = Pointers(self.leases)
         self._lock = threading.Lock()
-        self._published: dict[str, _Entry] = {}
+        self._changing: dict[str, bool] = {}
+        """Name → whether a version is being prepared for it."""
 
     def load(
         self, name: str, folder: Path, declared: Declared = NOTHING_DECLARED, *, replace: bool = False
     ) -> AdapterInfo:
-        """Read, check, lower and place an adapter, then publish it under `name`.
+        """Publish a folder of this machine; `publish` says the rest.
 
         Args:
-            folder: an already confined path, as are those in `declared`.
-            replace: whether a published name may move to the new version; requests that run finish on the old one.
+            replace: whether a published name may move to the new version.
+        """
+        return self.publish(name, Origin.of(folder, declared), Terms(ANY if replace else NEW))
+
+    def publish(self, name: str, origin: Origin, terms: Terms) -> AdapterInfo:
+        """Read, check, lower and place an adapter, then let `name` mean it; requests that run stay on the old version.
 
         Raises:
-            InvalidNameError, AdapterExistsError: before anything is read.
-            AdapterError: the adapter is refused; nothing is visible to requests.
+            InvalidNameError, AdapterExistsError, VersionConflictError: before anything is read.
+            NameBusyError, PublishesFullError: others are at it.
+            AdapterError: the adapter is refused, or the catalogue cannot be written; nothing is visible to requests.
 
         Note: waits for the engine where the folder has golden log-probabilities, and where a lossy form is asked for.
         """
-        self._check_name(name, replace)
-        lowering = lower(folder, declared, self.base, self._cache)
-        facts = receipt(lowering, self.base, self.residency.bytes_needed)
-        vouched = golden.read(folder, lowering.lowered) if self._check else None
-        exact_logprobs = None
-        if lowering.exact is not None and self._score is not None:
-            slot = self.derived.place_beside(lowering.exact.lowered)
-            exact = Resident(AdapterVersion(name, lowering.exact.digest), slot)
-            exact_logprobs = self._scored_exactly(exact, vouched)
-            vouched = None  # they are the exact form's
-        resident = self._place(name, lowering)
-        try:
-            if self._check is not None and vouched is not None:
-                self._check(vouched, lambda: self.leases.take(resident))
-            if self._score is not None and exact_logprobs is not None:
-                facts = facts.measured(exact_logprobs, self._score(lambda: self.leases.take(resident)))
-            with self._lock:
-                self._check_name(name, replace)
-                old = self._published.get(name)
-                entry = _Entry(resident, facts, folder, declared, time.time())
-                self._published[name] = entry
-        except BaseException:
-            self.leases.retire(resident)  # a lease of the check may still be on its way back
-            raise
-        if old is not None:
-            self.leases.retire(old.resident)
-        return self._info(entry)
+        check_name(name, self.base.name)
+        act = Act(terms.actor, "publish", name)
+        with self._change(act, terms.condition, prepares=True) as named:
+            prepared = self._publishing.prepare(name, origin, terms.digest)
+            return self._move(act, named, prepared, origin, terms)
+
+    def rollback(self, name: str, to: str | None, terms: Terms) -> AdapterInfo:
+        """Publish a kept version again, exactly.
+
+        Args:
+            to: first digits of its digest; None is the version before the current one.
+
+        Raises:
+            AdapterNotFoundError: the name is not published, or the version is not kept.
+            SourceChangedError: the version's source holds something else by now.
+            AdapterError: as `publish`.
+        """
+        act = Act(terms.actor, "rollback", name)
+        with self._change(act, terms.condition, prepares=True) as named:
+            KNOWN.require(name, named)
+            assert named is not None
+            version = named.version(to)
+            prepared = self._publishing.prepare(name, version.origin, version.digest)
+            return self._move(act, named, prepared, version.origin, terms)
+
+    def restore(self, report: Callable[[str], None], besides: Collection[str] = ()) -> None:
+        """Serve what the catalogue has. A name that cannot be restored answers with its error until it is published.
+
+        Args:
+            report: hears each name before it is loaded.
+            besides: names to leave out: they are about to be published.
+        """
+        for named in self.catalogue.names():
+            if named.name in besides:
+                continue
+            report(named.name)
+            current = named.current
+            try:
+                check_name(named.name, self.base.name)
+                prepared = self._publishing.prepare(named.name, current.origin, current.digest)
+            except AdapterError as error:
+                self._pointers.fail(named.name, str(error))
+                continue
+            entry = Entry(
+                prepared.resident, prepared.receipt, current.origin, current.published_s, named.pinned, named.quota
+            )
+            self._pointers.move(named.name, entry)
+
+    def unload(self, name: str, terms: Terms = NO_TERMS) -> AdapterVersion:
+        """Take the name away, and what it meant before; each version is freed when its last lease ends.
+
+        Raises:
+            AdapterNotFoundError: the name is not published.
+            VersionConflictError, NameBusyError, CatalogueError: nothing changed.
+        """
+        act = Act(terms.actor, "delete", name)
+        with self._change(act, terms.condition, prepares=False) as named:
+            KNOWN.require(name, named)
+            assert named is not None
+            self.catalogue.remove(act)
+            self._pointers.drop(name)
+            return AdapterVersion(name, named.current.digest)
 
     def examine(self, folder: Path, declared: Declared = NOTHING_DECLARED) -> tuple[Lowered, Receipt]:
         """Read, check and lower an adapter without placing it.
@@ -159,8 +161,8 @@ class Registry:
         Raises:
             AdapterError: the adapter is refused.
         """
-        lowering = lower(folder, declared, self.base, self._cache)
-        return lowering.lowered, receipt(lowering, self.base, self.residency.bytes_needed)
+        lowering, receipt = self._publishing.examine(folder, declared)
+        return lowering.lowered, receipt
 
     def lowered(self, name: str) -> tuple[AdapterVersion, Lowered]:
         """What the published version was lowered to: from the cache, or by lowering its source again.
@@ -170,19 +172,9 @@ class Registry:
             SourceChangedError: the source holds something else by now.
             AdapterError: the source can no longer be read.
         """
-        with self._lock:
-            entry = self._entry(name)
+        entry = self._pointers.entry(name)
         version = entry.resident.version
-        cached = self._cache.get(self.base.fingerprint, version.digest) if self._cache else None
-        if cached is not None:
-            return version, cached
-        found = lower(entry.folder, entry.declared, self.base, self._cache)
-        if found.digest != version.digest:
-            raise SourceChangedError(
-                f"adapter {name!r} is published with digest {version.digest}, but its source has digest "
-                f"{found.digest} by now; load it again to serve what its source holds"
-            )
-        return version, found.lowered
+        return version, self._publishing.lowered(version, entry.origin)
 
     def lowered_version(self, version: AdapterVersion) -> Lowered:
         """What a published version was lowered to.
@@ -196,26 +188,14 @@ class Registry:
             raise AdapterNotFoundError(f"adapter {version.name!r} was replaced meanwhile; ask again")
         return lowered
 
-    def unload(self, name: str) -> AdapterInfo:
-        """Take the name away; the version is freed when its last lease ends.
-
-        Raises:
-            AdapterNotFoundError: the name is not published.
-        """
-        with self._lock:
-            entry = self._entry(name)
-            del self._published[name]
-        self.leases.retire(entry.resident)
-        return self._info(entry)
-
     def acquire(self, name: str) -> Lease:
-        """Resolve a name, once, for one request.
+        """Resolve a name, once, for one request; `name@digest` is that version or nothing, unless it is itself a name.
 
         Raises:
-            AdapterNotFoundError: the name is not published.
+            AdapterNotFoundError: the name is not published, or means another version.
+            AdapterFailedError: the name could not be restored.
         """
-        with self._lock:
-            return self.leases.take(self._entry(name).resident)
+        return self._pointers.take(name)
 
     def renew(self, lease: Lease) -> Lease:
         """Another lease on the same version, for another generation of the same request."""
@@ -223,64 +203,80 @@ class Registry:
 
     def release(self, lease: Lease) -> None:
         """End a lease; each lease ends exactly once."""
-        self.leases.release(lease)
+        self._pointers.release(lease)
 
     def published(self) -> list[AdapterInfo]:
         """All published adapters, by name."""
-        with self._lock:
-            entries = [self._published[name] for name in sorted(self._published)]
-        return [self._info(entry) for entry in entries]
+        return [entry.info for entry in self._pointers.every()]
 
     def get(self, name: str) -> AdapterInfo:
         """One published adapter.
 
         Raises:
             AdapterNotFoundError: the name is not published.
+            AdapterFailedError: the name could not be restored.
         """
+        return self._pointers.entry(name).info
+
+    def standings(self) -> list[Standing]:
+        """Every name of which there is something to say, in order. Reads the catalogue."""
+        known = {named.name: named for named in self.catalogue.names()}
         with self._lock:
-            return self._info(self._entry(name))
+            changing = set(self._changing)
+        names = sorted({*known, *changing, *self._pointers.draining()})
+        found = [self._pointers.standing(name, known.get(name), name in changing) for name in names]
+        return [one for one in found if one is not None]
 
-    def _place(self, name: str, lowering: Lowering) -> Resident:
-        lowered = lowering.lowered
-        gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
-        try:
-            slot = self.derived.place(lowered)
-        except ArenaFullError as error:
-            exact = lowering.exact or lowering
-            raise ArenaFullError(f"{error}{offer(exact.lowered, self.base, self.residency.bytes_needed)}") from None
-        return Resident(AdapterVersion(name, lowering.digest), slot, lowering.own, gate, unmixable, lowering.head)
+    def standing(self, name: str) -> Standing:
+        """One of them.
 
-    def _scored_exactly(self, exact: Resident, vouched: Golden | None) -> Sequence[Sequence[float]]:
-        """What an unpublished exact form says of the fixed texts, for the last time; golden values are checked too."""
-        assert self._score is not None
+        Raises:
+            AdapterNotFoundError: there is nothing to say of the name.
+        """
+        named = self.catalogue.find(name)
+        with self._lock:
+            changing = name in self._changing
+        found = self._pointers.standing(name, named, changing)
+        if found is None:
+            raise unknown(name)
+        return found
+
+    def draining(self, name: str) -> int:
+        """How many leases there are on versions that the name meant before."""
+        return self._pointers.leases_before(name)
+
+    @contextlib.contextmanager
+    def _change(self, act: Act, condition: Condition, prepares: bool) -> Iterator[Named | None]:
+        """Change a name alone; what it means now, once that is as it must be. Failures go to the audit trail."""
+        with self._lock:
+            if act.name in self._changing:
+                raise NameBusyError(f"adapter {act.name!r} is being changed by another request; try again after it")
+            if prepares and sum(self._changing.values()) >= PUBLISHES:
+                raise PublishesFullError(
+                    f"{PUBLISHES} adapters are being published, as many as may be at once; try again later"
+                )
+            self._changing[act.name] = prepares
         try:
-            if self._check is not None and vouched is not None:
-                self._check(vouched, lambda: self.leases.take(exact))
-            return self._score(lambda: self.leases.take(exact))
+            named = self.catalogue.find(act.name)
+            condition.require(act.name, named)
+            yield named
+        except AdapterError as error:
+            with contextlib.suppress(AdapterError):  # it may be the catalogue itself that fails
+                self.catalogue.refused(act, str(error))
+            raise
         finally:
-            self.leases.retire(exact)
+            with self._lock:
+                del self._changing[act.name]
 
-    def _check_name(self, name: str, replace: bool) -> None:
-        if not NAME_PATTERN.fullmatch(name):
-            raise InvalidNameError(
-                f"adapter name {name!r} is not allowed; use up to 128 letters, digits and . _ : / @ + -, and begin "
-                "with a letter or digit"
-            )
-        if name == self.base.name:
-            raise InvalidNameError(f"adapter name {name!r} is the base model's name; choose another")
-        if not replace and name in self._published:
-            raise AdapterExistsError(
-                f"adapter {name!r} is already loaded; unload it first, or ask for replacement (load_inplace)"
-            )
-
-    def _entry(self, name: str) -> _Entry:
-        """The published entry of a name; the caller holds the lock."""
-        entry = self._published.get(name)
-        if entry is None:
-            raise AdapterNotFoundError(f"adapter {name!r} is not loaded; GET /v1/models lists what is")
-        return entry
-
-    @staticmethod
-    def _info(entry: _Entry) -> AdapterInfo:
-        resident = entry.resident
-        return AdapterInfo(resident.version, entry.receipt, entry.published_s, resident.leases, resident.head)
+    def _move(self, act: Act, named: Named | None, prepared: Prepared, origin: Origin, terms: Terms) -> AdapterInfo:
+        """Let the name mean the version: on the disk first, then for requests."""
+        pinned = (named is not None and named.pinned) if terms.pinned is None else terms.pinned
+        quota = ({} if named is None else named.quota) if terms.quota is None else terms.quota
+        try:
+            at_s = self.catalogue.publish(act, prepared.resident.version.digest, origin, pinned, quota)
+        except BaseException:
+            self.leases.retire(prepared.resident)
+            raise
+        entry = Entry(prepared.resident, prepared.receipt, origin, at_s, pinned, quota)
+        self._pointers.move(act.name, entry)
+        return entry.info

@@ -41,6 +41,10 @@ class ServeConfig:
         "NAME=PATH[,initial=DIR][,residual=DIR][,trained-on-base][,approximate=FORM] of an adapter to load at the "
         "start; repeatable.",
     )
+    catalogue: str | None = _option(
+        None, "File that keeps published names, versions and the audit trail; without it they end with the process."
+    )
+    versions_kept: int = _option(5, "Versions of each name that can be rolled back to, the current one included.")
     adapter_root: tuple[str, ...] = _option((), "Folder below which adapters may be loaded at run time; repeatable.")
     api_key_file: str | None = _option(None, "File with one inference key per line; without keys inference is open.")
     admin_key_file: str | None = _option(

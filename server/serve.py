@@ -18,8 +18,10 @@ import uvicorn
 
 from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
+from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
 from motet.adapters.lease import Lease
+from motet.adapters.origin import folders
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
@@ -124,6 +126,13 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
     )
     adapters = tuple(parse_adapter(text) for text in config.adapter)
+    names = [name for name, _, _ in adapters]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise OptionError(f"--adapter names {twice[0]!r} twice; give each adapter a name of its own")
+    if config.versions_kept < 1:
+        raise OptionError(
+            f"--versions-kept {config.versions_kept} is too few; the current version counts, so at least 1"
+        )
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
@@ -174,16 +183,14 @@ def _prepare_steps(steps: Steps, threads: int) -> None:
         steps.runner.run(plan)
 
 
-def run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
-    """Serve until a signal ends it; `ready` is called once requests are answered."""
+def run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
+    """Serve until a signal ends it; `ready` hears the adapters' names once requests are answered."""
     asyncio.run(_run(config, assembled, ready))
 
 
-async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], None]) -> None:
+async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
     async with opened(config, assembled) as service:
-        for name, folder, declared in assembled.adapters:
-            assembled.report(f"loading adapter {name}")
-            await asyncio.to_thread(service.registry.load, name, folder, declared)
+        await asyncio.to_thread(_publish, service.registry, assembled)
         settings = uvicorn.Config(
             create_app(service),
             config.host,
@@ -193,7 +200,23 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[], No
             lifespan="off",
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
-        await DrainingServer(settings, service, config.drain_timeout, ready).serve()
+        names = [info.version.name for info in service.registry.published()]
+        await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
+
+
+def _publish(registry: Registry, assembled: Assembled) -> None:
+    """Serve what the catalogue has, and what the options name; those mean their folders after every start."""
+
+    def report(name: str) -> None:
+        assembled.report(f"loading adapter {name}")
+
+    registry.restore(report, besides={name for name, _, _ in assembled.adapters})
+    for standing in registry.standings():
+        if standing.error is not None:
+            assembled.report(f"adapter {standing.name} is not served: {standing.error}")
+    for name, folder, declared in assembled.adapters:
+        report(name)
+        registry.load(name, folder, declared, replace=True)
 
 
 @contextlib.asynccontextmanager
@@ -204,15 +227,20 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         golden: whether golden log-probabilities are checked, and a lossy form's error is measured, before an adapter is
             published.
     """
-    service = _service(config, assembled, golden)
-    own_the_processors(service.engine)
+    file = None if config.catalogue is None else Path(config.catalogue).expanduser()
+    catalogue = Catalogue(file, assembled.loaded.base.fingerprint, config.versions_kept)
     try:
-        yield service
+        service = _service(config, assembled, catalogue, golden)
+        own_the_processors(service.engine)
+        try:
+            yield service
+        finally:
+            service.engine.stop()
     finally:
-        service.engine.stop()
+        catalogue.close()
 
 
-def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service:
+def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, golden: bool) -> Service:
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
@@ -229,7 +257,8 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score)
+    resolve = folders([Path(root).expanduser() for root in config.adapter_root])
+    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, catalogue, resolve)
     return Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
@@ -244,7 +273,6 @@ def _service(config: ServeConfig, assembled: Assembled, golden: bool) -> Service
             adapters=lambda: [info.version.name for info in registry.published()],
         ),
         keys=assembled.keys,
-        adapter_roots=[Path(root).expanduser() for root in config.adapter_root],
         max_waiting=config.max_waiting,
     )
 

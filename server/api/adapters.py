@@ -1,4 +1,4 @@
-"""Administration at run time: loading and unloading with vLLM's bodies and status codes, reading back what is served.
+"""Loading and unloading with vLLM's bodies and status codes, and reading back what is served.
 
 Must not know: methods, memory, requests in flight.
 """
@@ -6,22 +6,19 @@ Must not know: methods, memory, requests in flight.
 from __future__ import annotations
 
 import asyncio
-import logging
-from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from motet.adapters.base import Kind
-from motet.adapters.errors import AdapterError
+from motet.adapters.condition import ANY, NEW, Terms
 from motet.adapters.lowered_file import dump
-from motet.adapters.source import confine
-from motet.adapters.spec import Declared, LossyForm
+from motet.adapters.origin import Origin
+from motet.server.api import publishing
+from motet.server.api.actor import actor
 from motet.server.api.schemas import LoadAdapterBody, UnloadAdapterBody
 from motet.server.api.service import Service
-
-logger = logging.getLogger(__name__)
 
 
 def router(service: Service) -> APIRouter:
@@ -29,25 +26,16 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/load_lora_adapter")
-    async def load_lora_adapter(body: LoadAdapterBody) -> PlainTextResponse:
-        try:
-            folder, declared = _places(service, body)
-            info = await asyncio.to_thread(
-                service.registry.load, body.lora_name, folder, declared, replace=body.load_inplace
-            )
-        except AdapterError as error:
-            service.metrics.loads.labels("refused").inc()
-            logger.warning("adapter %r was refused: %s", body.lora_name, error)
-            raise
-        service.metrics.loads.labels("loaded").inc()
-        logger.info("adapter %s is loaded", info.version.short)
+    async def load_lora_adapter(body: LoadAdapterBody, request: Request) -> PlainTextResponse:
+        origin = Origin(body.lora_path, body.initial_path, body.residual_path, body.trained_on_base, body.approximate)
+        terms = Terms(ANY if body.load_inplace else NEW, actor=actor(request))
+        info = await publishing.publish(service, body.lora_name, origin, terms)
         lossy = f" {info.receipt.error}." if info.receipt.error else ""
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.{lossy}")
 
     @routes.post("/v1/unload_lora_adapter")
-    async def unload_lora_adapter(body: UnloadAdapterBody) -> PlainTextResponse:
-        info = service.registry.unload(body.lora_name)
-        logger.info("adapter %s is unloaded", info.version.short)
+    async def unload_lora_adapter(body: UnloadAdapterBody, request: Request) -> PlainTextResponse:
+        await publishing.remove(service, body.lora_name, Terms(actor=actor(request)))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     @routes.get("/v1/base")
@@ -75,19 +63,3 @@ def router(service: Service) -> APIRouter:
         return Response(body, media_type="application/octet-stream", headers={"X-Motet-Adapter": version})
 
     return routes
-
-
-def _places(service: Service, body: LoadAdapterBody) -> tuple[Path, Declared]:
-    """The folders the body names, each confined.
-
-    Raises:
-        UnsafePathError, SourceNotFoundError: one is not below the adapter roots.
-        ConfigError: there is no such lossy form.
-    """
-    folder, initial, residual = (
-        None if path is None else confine(Path(path), service.adapter_roots)
-        for path in (body.lora_path, body.initial_path, body.residual_path)
-    )
-    assert folder is not None
-    form = None if body.approximate is None else LossyForm.parse(body.approximate)
-    return folder, Declared(initial, residual, body.trained_on_base, form)

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from motet.server.api import served
 from motet.server.api.errors import INTERNAL, ApiError, error_body
 from motet.server.api.job import Job, Piece
 from motet.server.api.uncertainty import SCORE_HEADER
@@ -22,12 +23,6 @@ logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
 """Status for the log when the client went away before the answer; nobody receives it."""
-
-
-def headers(job: Job) -> dict[str, str]:
-    """Which adapter versions answer."""
-    versions = ", ".join(f"{version.name}@{version.digest}" for version in job.versions)
-    return {"X-Motet-Adapter": versions} if versions else {}
 
 
 def _score(job: Job) -> dict[str, str]:
@@ -54,7 +49,7 @@ async def answer_at_once(request: Request, job: Job, body: Callable[[], dict[str
         finally:
             work.cancel()
             gone.cancel()
-    return JSONResponse(body(), headers={**headers(job), **_score(job)})
+    return JSONResponse(body(), headers={**served.header(job.versions), **_score(job)})
 
 
 def answer_streaming(
@@ -90,7 +85,7 @@ def answer_streaming(
             return
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=headers(job))
+    return StreamingResponse(events(), media_type="text/event-stream", headers=served.header(job.versions))
 
 
 def _event(body: dict[str, Any]) -> str:

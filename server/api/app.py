@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI, Request
 
-from motet.server.api import adapters, chat, classify, completions, decisions, errors, merges, models, probes
+from motet.server.api import adapters, catalogue, chat, classify, completions, decisions, errors, merges, models, probes
 from motet.server.api.service import Service
 
 
@@ -28,6 +28,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(merges.oversight(service), dependencies=[Depends(oversight)])
     for family in (completions, chat, merges, classify, decisions, models):
         app.include_router(family.router(service), dependencies=[Depends(inference)])
-    app.include_router(adapters.router(service), dependencies=[Depends(administration)])
+    for family in (adapters, catalogue):  # in this order, for /v1/adapters/{name}/lowered
+        app.include_router(family.router(service), dependencies=[Depends(administration)])
     app.include_router(probes.router(service))
     return app

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from jinja2 import TemplateError
 
-from motet.server.api import uncertainty
+from motet.server.api import served, uncertainty
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
 from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
@@ -107,6 +107,7 @@ class _Chat:
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": body.model,
+            **served.fields(job.versions),
             "system_fingerprint": job.system_fingerprint,
             **({} if job.merge is None else {"merge": job.merge}),
         }

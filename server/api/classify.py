@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from motet.adapters.errors import AdapterNotFoundError
 from motet.adapters.heads import HeadFile
-from motet.server.api import uncertainty
+from motet.adapters.lease import Lease
+from motet.server.api import served, uncertainty
 from motet.server.api.errors import ApiError, bad_request
 from motet.server.api.given import inputs_of
 from motet.server.api.labelling import Labeller, leased
+from motet.server.api.merged import Merged
 from motet.server.api.schemas import ClassifyBody
 from motet.server.api.service import Service
 
@@ -27,25 +29,30 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/classify")
-    async def classify(body: ClassifyBody, request: Request) -> dict[str, Any]:
+    async def classify(body: ClassifyBody, request: Request, response: Response) -> dict[str, Any]:
         service.require_open()
         takes = service.base.modality
         given = inputs_of(body.input, takes)
         if not 1 <= len(given) <= MOST_INPUTS:
             raise bad_request(f"input has {len(given)} {takes}s; 1 to {MOST_INPUTS} are possible", "input")
         header = request.headers.get(uncertainty.HEADER)
-        found = None
-        if service.merging.find(body.model) is None:
-            async with leased(service, body.model) as labeller:
-                if labeller.head is not None:
-                    found = await _by_head(labeller, labeller.head, body, given, header)
-        if found is None:
+        if (merged := service.merging.find(body.model)) is not None:
+            versions = [merged.pool]
             _asked(body, header, None, len(given))
-            found = await _by_classifier(service, body.model, given)
-        rows, tokens = found
+            rows, tokens = await _by_labels(service, merged, None, body, given)
+        else:
+            async with leased(service, body.model) as labeller:
+                versions = labeller.versions
+                if labeller.head is not None:
+                    rows, tokens = await _by_head(labeller, labeller.head, body, given, header)
+                else:
+                    _asked(body, header, None, len(given))
+                    rows, tokens = await _by_labels(service, None, labeller.lease, body, given)
+        response.headers.update(served.header(versions))
         return {
             "object": "list",
             "model": body.model,
+            **served.fields(versions),
             "data": [{"index": index, **row} for index, row in enumerate(rows)],
             "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
         }
@@ -67,18 +74,19 @@ async def _by_head(
     return rows, sum(len(prompt.tokens) for prompt in prompts)
 
 
-async def _by_classifier(service: Service, model: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], int]:
-    """Of a merge or of the base."""
-    merged = service.merging.find(model)
+async def _by_labels(
+    service: Service, merged: Merged | None, lease: Lease | None, body: ClassifyBody, given: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], int]:
+    """By those of a merge, or of a base that is a classifier."""
     try:
         if merged is None:
             labels: Sequence[str] = service.base.labels
-            probabilities_NC, tokens = await service.classifying.classify(model, given)
+            probabilities_NC, tokens = await service.classifying.classify(lease, given)
         else:
             labels = merged.labels
             probabilities_NC, tokens = await service.merging.classify(merged, given)
     except AdapterNotFoundError as error:
-        message = f"model {model!r} does not classify: {error}"
+        message = f"model {body.model!r} does not classify: {error}"
         raise ApiError(404, message, code="model_not_found", param="model") from error
     return [_row(labels, row_C.tolist()) for row_C in probabilities_NC], tokens
 

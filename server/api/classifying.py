@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from motet.adapters.errors import AdapterNotFoundError
+from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.server.api import uses
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.inputs import Inputs
 from motet.server.api.scoring import Question, Scorer
-from motet.server.engine.types import Applied
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,15 +30,15 @@ class Classifying:
     scorer: Scorer
     inputs: Inputs
 
-    async def classify(self, model: str, given: Mapping[str, str]) -> tuple[torch.Tensor, int]:
+    async def classify(self, lease: Lease | None, given: Mapping[str, str]) -> tuple[torch.Tensor, int]:
         """[N, C] float32 probabilities of the base's labels, and the number of tokens read.
 
         Args:
-            model: the base or an adapter.
+            lease: the caller's, on an adapter; None is the base.
             given: field of the request → input.
 
         Raises:
-            AdapterNotFoundError: it is neither, or the base has no classifier.
+            AdapterNotFoundError: the base has no classifier.
             GateError: the adapter needs a gate.
             InputError: an input cannot be read.
             ScoringError: a step failed.
@@ -48,21 +48,11 @@ class Classifying:
                 f"it is no merge that is known, and the base model {self.base.name!r} has no classifier; merge a pool, "
                 "again where the merge has expired, and use the merge's name"
             )
-        applied: list[Applied] = []
-        if model != self.base.name:
-            lease = self.registry.acquire(model)
-            try:
-                applied.append(await uses.gated(lease, None))
-            except BaseException:
-                self.registry.release(lease)
-                raise
-        try:
-            prompts = await self.inputs.read(given)
-            questions = [
-                Question(prompt.tokens, lambda: uses.renewed(self.registry, applied), given=prompt.given)
-                for prompt in prompts
-            ]
-            logits_NC = await self.scorer.class_logits(questions)
-        finally:
-            uses.release(self.registry, applied)
+        applied = [] if lease is None else [await uses.gated(lease, None)]
+        prompts = await self.inputs.read(given)
+        questions = [
+            Question(prompt.tokens, lambda: uses.renewed(self.registry, applied), given=prompt.given)
+            for prompt in prompts
+        ]
+        logits_NC = await self.scorer.class_logits(questions)
         return logits_NC.double().softmax(1).float(), sum(len(prompt.tokens) for prompt in prompts)

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from motet.server.api import uncertainty
+from motet.server.api import served, uncertainty
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
 from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
@@ -90,6 +90,7 @@ class _Completion:
             "object": "text_completion",
             "created": int(time.time()),
             "model": body.model,
+            **served.fields(job.versions),
             "system_fingerprint": job.system_fingerprint,
             **({} if job.merge is None else {"merge": job.merge}),
         }

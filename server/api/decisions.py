@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from jinja2 import TemplateError
 
 from motet.adapters.heads import HeadFile
-from motet.server.api import questions
+from motet.server.api import questions, served
 from motet.server.api.decision_body import DecisionBody, text_of
 from motet.server.api.errors import bad_request
 from motet.server.api.inputs import Prompt
@@ -36,7 +36,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/decisions")
-    async def decisions(body: DecisionBody) -> dict[str, Any]:
+    async def decisions(body: DecisionBody, response: Response) -> dict[str, Any]:
         service.require_open()
         service.require_texts()
         options = [questions.options_of(one, f"questions.{place}") for place, one in enumerate(body.questions)]
@@ -44,6 +44,7 @@ def router(service: Service) -> APIRouter:
             head = labeller.head
             answered = _by_letters(labeller, body, options) if head is None else _by_head(labeller, body, options, head)
             answers, tokens, cached = await answered
+            versions = labeller.versions
         usage = {
             "input_tokens": tokens,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
@@ -51,7 +52,8 @@ def router(service: Service) -> APIRouter:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": tokens,
         }
-        return {"model": body.model, "answers": answers, "usage": usage}
+        response.headers.update(served.header(versions))
+        return {"model": body.model, **served.fields(versions), "answers": answers, "usage": usage}
 
     return routes
 

@@ -51,20 +51,30 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 INTERNAL = "internal error; the server's log has the traceback"
 
+PUBLISH_RETRY_S = 5
+"""Within it most adapters are loaded."""
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
+    423: "conflict_error",
     429: "rate_limit_error",
 }
 
 _ADAPTER_STATUS: tuple[tuple[type[adapter_errors.AdapterError], int, str], ...] = (
+    (adapter_errors.VersionNotServedError, 404, "version_not_served"),
     (adapter_errors.AdapterNotFoundError, 404, "model_not_found"),
     (adapter_errors.SourceNotFoundError, 404, "adapter_source_not_found"),
     (adapter_errors.UnsafePathError, 403, "adapter_path_forbidden"),
     (adapter_errors.SourceChangedError, 409, "adapter_source_changed"),
+    (adapter_errors.VersionConflictError, 409, "version_conflict"),
+    (adapter_errors.NameBusyError, 423, "publish_in_progress"),
+    (adapter_errors.PublishesFullError, 429, "publishes_full"),
+    (adapter_errors.AdapterFailedError, 503, "adapter_failed"),
+    (adapter_errors.CatalogueError, 503, "catalogue_unavailable"),
     (adapter_errors.GoldenError, 400, "adapter_golden_mismatch"),
     (adapter_errors.GateError, 400, "gate_refused"),
     (adapter_errors.AdapterExistsError, 400, "adapter_exists"),
@@ -78,7 +88,8 @@ def from_adapter_error(error: adapter_errors.AdapterError, param: str | None = N
     status, code = next((status, code) for kind, status, code in _ADAPTER_STATUS if isinstance(error, kind))
     if isinstance(error, adapter_errors.GateError):
         param = error.field
-    return ApiError(status, str(error), code=code, param=param)
+    retry_after_s = PUBLISH_RETRY_S if status == 429 else None
+    return ApiError(status, str(error), code=code, param=param, retry_after_s=retry_after_s)
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from motet.adapters.errors import GateError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.heads import HeadFile
 from motet.adapters.lease import Lease
+from motet.adapters.version import AdapterVersion
 from motet.server.api import uses
 from motet.server.api.heads import Asking
 from motet.server.api.inputs import Prompt
@@ -39,6 +40,11 @@ class Labeller:
 
     service: Service
     lease: Lease | None
+
+    @property
+    def versions(self) -> list[AdapterVersion]:
+        """The adapter's, or none."""
+        return [] if self.lease is None else [self.lease.version]
 
     @property
     def head(self) -> HeadFile | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from motet.adapters.errors import UnmeasuredError
 from motet.adapters.lease import Lease
-from motet.adapters.registry import Score
+from motet.adapters.publishing import Score
 from motet.server.api.scoring import Scorer, ScoringError
 
 TEXTS = (

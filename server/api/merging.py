@@ -78,7 +78,7 @@ class Merging:
                 raise GateError("top_k", f"top_k is {ask.top_k}; it must be between 1 and the {gate.members} members")
             if ask.trim is not None:
                 self._trims.require_possible(gate, ask.trim)
-            name = f"{pool}{MARK}{ask.digest(lease.version)}"
+            name = f"{lease.version.name}{MARK}{ask.digest(lease.version)}"
             if (known := self.find(name)) is None:
                 known = await asyncio.shield(self._task(name, lease, gate, ask))
         finally:

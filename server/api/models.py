@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from motet.adapters.registry import AdapterInfo
+from motet.adapters.standing import AdapterInfo
 from motet.server.api.service import Service
 from motet.server.api.uncertainty import offered
 

@@ -22,6 +22,8 @@ MOST_BETA = 1e6
 MOST_SEED = 1 << 63
 """What random generators take."""
 MOST_EXPIRES_S = 7 * 24 * 3600
+MOST_PER_MINUTE = 1e12
+MOST_WEIGHT = 1e6
 MOST_SAMPLES = 100_000
 """Draws of a Monte Carlo answer: its probabilities are then off by about 0.001."""
 
@@ -197,6 +199,37 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: str | None = None
+
+
+class QuotaBody(Body):
+    """`quota` of an adapter; what is absent is not limited, and a weight is 1."""
+
+    requests_per_minute: float | None = Field(default=None, gt=0, le=MOST_PER_MINUTE)
+    tokens_per_minute: float | None = Field(default=None, gt=0, le=MOST_PER_MINUTE)
+    weight: float | None = Field(default=None, gt=0, le=MOST_WEIGHT)
+
+
+class PublishBody(Body):
+    """PUT /v1/adapters/{name}; `sha256` is the digest that the source must have.
+
+    `initial_path` to `approximate` declare what the source does not say. Without `pin` or `quota` the name keeps its
+    own.
+    """
+
+    source: str = Field(min_length=1)
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    initial_path: str | None = Field(default=None, min_length=1)
+    residual_path: str | None = Field(default=None, min_length=1)
+    trained_on_base: bool = False
+    approximate: str | None = None
+    pin: bool | None = None
+    quota: QuotaBody | None = None
+
+
+class RollbackBody(Body):
+    """POST /v1/adapters/{name}/rollback; `version` is a kept digest or its first digits, by default the one before."""
+
+    version: str | None = Field(default=None, pattern="^[0-9a-f]{12,64}$")
 
 
 class LoadAdapterBody(Body):

@@ -15,7 +15,7 @@ import torch
 from motet.adapters.errors import GoldenError
 from motet.adapters.golden import GOLDEN_FILE, Golden, compare
 from motet.adapters.lease import Lease
-from motet.adapters.registry import Check
+from motet.adapters.publishing import Check
 from motet.server.api.base_info import BaseInfo
 from motet.server.engine.engine import Engine
 from motet.server.engine.stream import Streams

@@ -11,16 +11,15 @@ import hmac
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from motet.adapters.errors import AdapterNotFoundError, GateError
+from motet.adapters.errors import AdapterNotFoundError, GateError, VersionNotServedError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.server.api import merge_asks, uses
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
-from motet.server.api.errors import ApiError
+from motet.server.api.errors import ApiError, from_adapter_error
 from motet.server.api.heads import Heads
 from motet.server.api.merged import Merged
 from motet.server.api.merging import MARK, Merging
@@ -51,7 +50,6 @@ class Service:
 
     Attributes:
         tokenizer: None where the base takes no texts.
-        adapter_roots: where adapters may be loaded from at run time.
         max_waiting: generations that may wait; more are answered 429.
         ready: the base is loaded and warm.
         draining: no new requests.
@@ -66,7 +64,6 @@ class Service:
     classifying: Classifying
     metrics: Metrics
     keys: Keys
-    adapter_roots: Sequence[Path]
     max_waiting: int
     heads: Heads = field(default_factory=Heads)
     ready: bool = False
@@ -91,7 +88,7 @@ class Service:
         try:
             return self.registry.acquire(model)
         except AdapterNotFoundError as error:
-            raise _unknown(model) from error
+            raise _unknown(model, error) from error
 
     @contextlib.asynccontextmanager
     async def voice(self, body: GenerationBody) -> AsyncIterator[Voice]:
@@ -118,7 +115,7 @@ class Service:
         try:
             return await merge_asks.inline(self.merging, body.model, body.merge)
         except AdapterNotFoundError as error:
-            raise _unknown(body.model) from error
+            raise _unknown(body.model, error) from error
 
     async def _applied(self, body: GenerationBody) -> list[Applied]:
         if body.adapters is not None:
@@ -148,7 +145,7 @@ class Service:
         try:
             return await self.merging.applied(merged)
         except AdapterNotFoundError as error:
-            raise _unknown(merged.name) from error
+            raise _unknown(merged.name, error) from error
 
     async def _voice(self, applied: list[Applied], body: GenerationBody) -> Voice:
         assert self.tokenizer is not None
@@ -157,7 +154,7 @@ class Service:
         first = uses.held(applied[0])
         name = f"adapter {' + '.join(one.lease.version.name for one in applied)!r}"
         own, gate = first.resident.own, first.resident.gate
-        as_it_is = body.merge is None and first.version.name == body.model
+        as_it_is = body.merge is None and first.version.answers_to(body.model)
         head = first.resident.head if as_it_is else None
         vocabulary = self.registry.residency.vocabulary(first.slot) or self.base.vocabulary
         tokenizer, end_tokens = (
@@ -223,7 +220,9 @@ class Service:
             raise ApiError(401, "the admin key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
 
-def _unknown(model: str) -> ApiError:
+def _unknown(model: str, error: AdapterNotFoundError) -> ApiError:
+    if isinstance(error, VersionNotServedError):
+        return from_adapter_error(error, "model")
     known = "it has expired, or its pool changed: merge again" if MARK in model else "GET /v1/models lists what does"
     return ApiError(404, f"model {model!r} does not exist; {known}", code="model_not_found", param="model")
 

@@ -71,12 +71,11 @@ def serve(**options: Any) -> None:
     config = ServeConfig(**options)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     assembled = serving.assemble(config, stage)
-    serving.run(config, assembled, lambda: _summary(config, assembled))
+    serving.run(config, assembled, lambda names: _summary(config, assembled, names))
 
 
-def _summary(config: ServeConfig, assembled: Any) -> None:
+def _summary(config: ServeConfig, assembled: Any, names: list[str]) -> None:
     loaded = assembled.loaded
-    names = sorted(name for name, _, _ in assembled.adapters)
     address = f"http://{config.host}:{config.port}"
     rows = (
         ("model", f"{loaded.name}  {len(loaded.base.targets)} targets, {loaded.parameter_bytes / 2**20:,.0f} MiB"),
@@ -84,6 +83,7 @@ def _summary(config: ServeConfig, assembled: Any) -> None:
         ("device", str(loaded.device)),
         assembled.steps.summary,
         ("adapters", ", ".join(names) or "none"),
+        ("catalogue", config.catalogue or "in memory: names end with the process; --catalogue FILE keeps them"),
         ("address", address),
     )
     console.print(facts(rows))

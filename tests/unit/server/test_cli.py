@@ -65,6 +65,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("81", 81),
     "adapter": ("a=b", ("a=b",)),
+    "catalogue": ("names.db", "names.db"),
+    "versions_kept": ("3", 3),
     "adapter_root": ("roots", ("roots",)),
     "api_key_file": ("keys", "keys"),
     "admin_key_file": ("admin", "admin"),

@@ -14,6 +14,7 @@ import torch
 
 from motet.adapters.base import BaseModel, Target
 from motet.adapters.lease import Lease
+from motet.adapters.origin import folders
 from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion
 from motet.server.api.app import create_app
@@ -95,7 +96,8 @@ class Running:
         engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
         info = BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0)
         self.scorer = Scorer(info, engine, streams)
-        self.registry = Registry(base, residency_of(base), check=golden_check(self.scorer, loop))
+        check, resolve = golden_check(self.scorer, loop), folders([adapter.parent])
+        self.registry = Registry(base, residency_of(base), check=check, resolve=resolve)
         self.registry.load("adapted", adapter)
         self.service = Service(
             base=info,
@@ -107,7 +109,6 @@ class Running:
             classifying=Classifying(info, self.registry, self.scorer, TextInputs(TOKENIZER)),
             metrics=Metrics(lambda: engine.state, lambda: (0, 0), list),
             keys=Keys(admin=(ADMIN_KEY,)),
-            adapter_roots=[adapter.parent],
             max_waiting=max_waiting,
             ready=True,
         )

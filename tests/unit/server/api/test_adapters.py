@@ -32,9 +32,9 @@ def test_what_is_served_can_be_read_back(adapter: Path) -> None:
 
 def test_a_name_with_slashes(adapter: Path) -> None:
     async def scenario(running: Running) -> None:
-        await running.administer("POST", "/v1/load_lora_adapter", **{**LOAD, "lora_name": "tenant/a:1/lowered"})
-        response = await running.administer("GET", "/v1/adapters/tenant/a:1/lowered/lowered")
-        assert response.headers["x-motet-adapter"].startswith("tenant/a:1/lowered@")
+        await running.administer("POST", "/v1/load_lora_adapter", **{**LOAD, "lora_name": "tenant/lowered/a:1"})
+        response = await running.administer("GET", "/v1/adapters/tenant/lowered/a:1/lowered")
+        assert response.headers["x-motet-adapter"].startswith("tenant/lowered/a:1@")
 
     during(adapter, scenario)
 
