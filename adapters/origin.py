@@ -5,8 +5,10 @@ Must not know: names, versions, what is in a folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,8 +52,8 @@ class Origin:
         return cls(**json.loads(text))
 
 
-Resolve = Callable[[Origin], tuple[Path, Declared]]
-"""Finds the folders of an origin.
+Resolve = Callable[[Origin], AbstractContextManager[tuple[Path, Declared]]]
+"""Finds the folders of an origin, which stay until the block is left.
 
 Raises AdapterError when one is not there or may not be read, or the lossy form does not exist.
 """
@@ -60,13 +62,26 @@ Raises AdapterError when one is not there or may not be read, or the lossy form 
 def folders(roots: Sequence[Path]) -> Resolve:
     """Folders below the adapter roots; anywhere, where the origin is trusted."""
 
-    def resolve(origin: Origin) -> tuple[Path, Declared]:
-        source, initial, residual = (
-            None if path is None else Path(path) if origin.trusted else confine(Path(path), roots)
-            for path in (origin.source, origin.initial, origin.residual)
-        )
-        assert source is not None
-        form = None if origin.approximate is None else LossyForm.parse(origin.approximate)
-        return source, Declared(initial, residual, origin.trained_on_base, form)
+    @contextlib.contextmanager
+    def resolve(origin: Origin) -> Iterator[tuple[Path, Declared]]:
+        yield placed(origin, lambda path: confine(Path(path), roots))
 
     return resolve
+
+
+def placed(origin: Origin, place: Callable[[str], Path]) -> tuple[Path, Declared]:
+    """The folder of an origin and what is declared of it.
+
+    Args:
+        place: finds the folder of a source that is not trusted.
+
+    Raises:
+        ConfigError: the lossy form does not exist.
+    """
+    form = None if origin.approximate is None else LossyForm.parse(origin.approximate)
+    source, initial, residual = (
+        None if path is None else Path(path) if origin.trusted else place(path)
+        for path in (origin.source, origin.initial, origin.residual)
+    )
+    assert source is not None
+    return source, Declared(initial, residual, origin.trained_on_base, form)

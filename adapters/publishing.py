@@ -89,7 +89,8 @@ class Publishing:
         cached = self._cache.get(self._base.fingerprint, version.digest) if self._cache else None
         if cached is not None:
             return cached
-        found = lower(*self._resolve(origin), self._base, self._cache)
+        with self._resolve(origin) as (folder, declared):
+            found = lower(folder, declared, self._base, self._cache)
         if found.digest != version.digest:
             raise SourceChangedError(
                 f"adapter {version.name!r} is published with digest {version.digest}, but its source has digest "
@@ -109,7 +110,10 @@ class Publishing:
 
         Note: waits for the engine where the folder has golden log-probabilities, and where a lossy form is asked for.
         """
-        folder, declared = self._resolve(origin)
+        with self._resolve(origin) as (folder, declared):
+            return self._prepared(name, folder, declared, expected)
+
+    def _prepared(self, name: str, folder: Path, declared: Declared, expected: Digest | None) -> Prepared:
         lowering, facts = self.examine(folder, declared)
         if expected is not None and lowering.digest != expected:
             raise SourceChangedError(

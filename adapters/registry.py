@@ -241,6 +241,10 @@ class Registry:
             raise unknown(name)
         return found
 
+    def origins(self) -> list[Origin]:
+        """Where every version comes from that is served, or that can be rolled back to. Reads the catalogue."""
+        return [version.origin for named in self.catalogue.names() for version in named.versions]
+
     def draining(self, name: str) -> int:
         """How many leases there are on versions that the name meant before."""
         return self._pointers.leases_before(name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,18 @@ from motet.adapters.cache import LoweredCache
 from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
 from motet.adapters.lease import Lease
-from motet.adapters.origin import folders
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
+from motet.adapters.sources.resolve import Sources
+from motet.adapters.sources.store import Store
 from motet.adapters.spec import Declared
 from motet.server.api.app import create_app
+from motet.server.api.autoload import Template
 from motet.server.api.classifying import Classifying
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
+from motet.server.api.publishing import autoloading
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Keys, Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
@@ -44,6 +46,7 @@ from motet.server.metrics import Metrics
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
+from motet.server.sourcing import open_sources, user_cache
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -74,6 +77,7 @@ class Assembled:
     adapters: tuple[tuple[str, Path, Declared], ...]
     steps: Steps
     keys: Keys
+    sources: tuple[Sources, Store, Template | None]
     threads: int
     report: Report
 
@@ -133,7 +137,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         raise OptionError(
             f"--versions-kept {config.versions_kept} is too few; the current version counts, so at least 1"
         )
-    cache = _adapter_cache(config)
+    cache, sources = _adapter_cache(config), open_sources(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
     loaded = load_base(config, report)
@@ -142,17 +146,14 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
     else:
         steps = vision_steps(config, loaded, residency)
-    return Assembled(loaded, residency, cache, adapters, steps, keys, threads, report)
+    return Assembled(loaded, residency, cache, adapters, steps, keys, sources, threads, report)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
     size = parse_bytes("adapter-cache-size", config.adapter_cache_size)
     if config.adapter_cache == "off":
         return None
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is invalid and ignored.
-    user = configured if os.path.isabs(configured) else os.path.expanduser("~/.cache")
-    folder = Path(user) / "motet" / "lowered" if config.adapter_cache == "auto" else Path(config.adapter_cache)
+    folder = user_cache("lowered") if config.adapter_cache == "auto" else Path(config.adapter_cache)
     return LoweredCache(folder.expanduser(), CACHE_BYTES if size is None else size)
 
 
@@ -235,6 +236,7 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         try:
             yield service
         finally:
+            assembled.sources[0].close()
             service.engine.stop()
     finally:
         catalogue.close()
@@ -257,9 +259,10 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    resolve = folders([Path(root).expanduser() for root in config.adapter_root])
-    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, catalogue, resolve)
-    return Service(
+    sources, store, template = assembled.sources
+    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, catalogue, sources.folders)
+    store.used = lambda: sources.kept(registry.origins())
+    service = Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
         registry=registry,
@@ -275,6 +278,9 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
         keys=assembled.keys,
         max_waiting=config.max_waiting,
     )
+    if template is not None:
+        service.autoload = autoloading(service, template, config.autoload_wait)
+    return service
 
 
 def lower_alone(

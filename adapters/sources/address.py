@@ -147,7 +147,7 @@ def _of_hub(uri: str, owner: str, path: str, sha256: str | None, floating: bool)
     if not floating and not _COMMIT.fullmatch(revision):
         _refuse(
             f"{name[:80]!r} is not pinned: write the commit's 40 hexadecimal digits after @, or start the server with "
-            "--adapter-floating"
+            "--adapter-revisions floating"
         )
     if revision and not _TAG.fullmatch(revision):
         _refuse(f"revision {revision[:80]!r} is none; write a commit, or a branch without slashes")
@@ -166,7 +166,7 @@ def _of_registry(uri: str, host: str, path: str, sha256: str | None, floating: b
     if not floating:
         _refuse(
             f"{path[:80]!r} is not pinned: write the manifest's digest as @sha256:…, or start the server with "
-            "--adapter-floating"
+            "--adapter-revisions floating"
         )
     if tag and not _TAG.fullmatch(tag):
         _refuse(f"tag {tag[:80]!r} is none")

@@ -69,7 +69,11 @@ class Deadline:
 
     def __init__(self, after_s: float) -> None:
         self.after_s = after_s
-        self._end_s = time.monotonic() + after_s
+        self._end_s: float = time.monotonic() + after_s
+
+    def end(self) -> None:
+        """It is now."""
+        self._end_s = 0
 
     def left_s(self) -> float:
         """Seconds that are left.

@@ -6,8 +6,10 @@ a folder is given out, all of it has arrived and what is pinned is verified.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,8 @@ from types import TracebackType
 import httpx
 
 from motet.adapters.bounded import DEFAULT_LIMITS, Limits
-from motet.adapters.errors import CorruptSourceError, SourceNotFoundError
+from motet.adapters.errors import CorruptSourceError, SourceError, SourceNotFoundError
+from motet.adapters.origin import Origin, placed
 from motet.adapters.source import confine
 from motet.adapters.sources.address import Address, AllowList, is_archive, is_remote, parse, split_pin
 from motet.adapters.sources.archive import unpack
@@ -26,6 +29,7 @@ from motet.adapters.sources.remote import Deadline, Remote
 from motet.adapters.sources.store import Staging, Store
 from motet.adapters.sources.web import Web
 from motet.adapters.sources.website import WebPlace
+from motet.adapters.spec import Declared
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,35 @@ class Sources:
         self._roots, self._allowed, self._store = roots, AllowList(allowed), store
         self._floating, self._timeout_s, self._limits, self._systems = floating, timeout_s, limits, systems
         self._trust = httpx.create_ssl_context()
+        self._lock = threading.Lock()
+        self._speaking: set[Web] = set()
+
+    def require_allowed(self, source: str) -> None:
+        """Refuse a source that would be refused before a byte of it is asked for.
+
+        Raises:
+            InvalidSourceError, ForbiddenSourceError: it would.
+        """
+        if is_remote(source):
+            self._allowed.require(parse(source, floating=self._floating).uri)
+
+    def close(self) -> None:
+        """End every fetch that speaks to a web server or a registry, as its deadline would."""
+        with self._lock:
+            for web in self._speaking:
+                web.cut()
+
+    @contextlib.contextmanager
+    def folders(self, origin: Origin) -> Iterator[tuple[Path, Declared]]:
+        """As `origin.Resolve` says: what each part of an origin means now."""
+        with contextlib.ExitStack() as held:
+            yield placed(origin, lambda source: held.enter_context(self.fetch(source)).folder)
+
+    def kept(self, origins: Iterable[Origin]) -> frozenset[Path]:
+        """The folders that sources were last found to be, where they are still there."""
+        sources = {part for one in origins if not one.trusted for part in (one.source, one.initial, one.residual)}
+        found = (self._kept(source) for source in sources if source is not None)
+        return frozenset(folder for folder in found if folder is not None)
 
     def fetch(self, source: str, timeout_s: float | None = None) -> Fetched:
         """The source as a folder.
@@ -103,22 +136,41 @@ class Sources:
             return self._local(source, deadline)
         address = parse(source, floating=self._floating)
         self._allowed.require(address.uri)
-        key = hashlib.sha256(f"{address.uri} {address.sha256}".encode()).hexdigest()
+        key = _key(address)
         if found := self._known(address, key):
             return found
         with self._store.staging(key, deadline, resume_files=address.fixed) as stage:
             if found := self._known(address, key):
                 return found
-            with Web(self._allowed, deadline, self._trust) as web:
+            with Web(self._allowed, deadline, self._trust) as web, self._listed(web):
                 remote = self._open(address, web)
                 self._bring(remote, stage, deadline)
-            folder = self._store.keep(stage, key if address.fixed else None)
+            folder = self._store.keep(stage, key)
             return Fetched(folder, address.uri, remote.revision, self._store)
 
     def _known(self, address: Address, key: str) -> Fetched | None:
         """What an earlier fetch of a source that cannot change left."""
         folder = self._store.find(key) if address.fixed else None
         return None if folder is None else Fetched(folder, address.uri, address.revision, self._store)
+
+    def _kept(self, source: str) -> Path | None:
+        try:
+            if is_remote(source):
+                return self._store.last(_key(parse(source, floating=True)))
+            place = confine(Path(split_pin(source)[0] if "#sha256=" in source else source), self._roots)
+            return self._store.last(_digest(place)) if place.is_file() else None
+        except (SourceError, OSError):
+            return None
+
+    @contextlib.contextmanager
+    def _listed(self, web: Web) -> Iterator[None]:
+        with self._lock:
+            self._speaking.add(web)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._speaking.discard(web)
 
     def _open(self, address: Address, web: Web) -> Remote:
         if address.scheme == "oci":
@@ -150,8 +202,7 @@ class Sources:
         size = place.stat().st_size
         if size > self._limits.archive_bytes:
             raise CorruptSourceError(f"the archive has {size:,} bytes, more than {self._limits.archive_bytes:,}")
-        with place.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = _digest(place)
         if pin not in (None, digest):
             raise CorruptSourceError(f"the archive has SHA-256 {digest}, not {pin}, by which it is pinned")
         if (known := self._store.find(digest)) is not None:
@@ -159,3 +210,12 @@ class Sources:
         with self._store.staging(digest, deadline, resume_files=False) as stage:
             unpack(place, stage.files, self._limits, deadline, stage.take)
             return Fetched(self._store.keep(stage, digest), source, None, self._store)
+
+
+def _key(address: Address) -> str:
+    return hashlib.sha256(f"{address.uri} {address.sha256}".encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """The folder of downloads: whole adapters by their content, what of others has arrived so far, and a byte budget.
 
     contents/DIGEST/…     an adapter's files; DIGEST is of their names and bytes
-    names/KEY             the digest of what a source that cannot change was found to hold
+    names/KEY             the digest of what a source was last found to hold
     partial/KEY/          a download that is not whole: files/…, and pieces to go on from
 
 Must not know: where anything comes from, what the files mean. The least recently used is removed first, never what is
@@ -61,7 +61,7 @@ class Store:
     def __init__(
         self, folder: Path, budget_bytes: int, used: Callable[[], Collection[Path]] = lambda: frozenset()
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._budget_bytes = budget_bytes
         self.used = used
         self._lock = threading.Lock()
@@ -70,13 +70,18 @@ class Store:
         self._kept_bytes = 0
         self._shared: int | None = None
 
+    def last(self, key: str) -> Path | None:
+        """The folder of what the key was last found to hold, whole or not."""
+        try:
+            return self.folder / "contents" / (self.folder / "names" / key).read_text()
+        except FileNotFoundError:
+            return None
+
     def find(self, key: str) -> Path | None:
         """The folder of what the key was last found to hold, held until `release`; None where it is not whole."""
-        name = self._folder / "names" / key
         with disk_errors():
-            try:
-                folder = self._folder / "contents" / name.read_text()
-            except FileNotFoundError:
+            folder = self.last(key)
+            if folder is None:
                 return None
             with self._lock:
                 self._hold(folder)
@@ -84,7 +89,6 @@ class Store:
                 os.utime(folder)
                 return folder
             self.release(folder)
-            name.unlink(missing_ok=True)
             if folder.is_dir() and not self._protected(folder):
                 _remove(folder)
         return None
@@ -107,7 +111,7 @@ class Store:
             SourceUnavailableError: another download of the same takes too long.
             StoreFullError: the folder cannot be used.
         """
-        place = self._folder / "partial" / key
+        place = self.folder / "partial" / key
         with disk_errors():
             self._open()
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +136,7 @@ class Store:
                 with contextlib.suppress(OSError):
                     os.utime(place)
 
-    def keep(self, stage: Staging, key: str | None) -> Path:
+    def keep(self, stage: Staging, key: str) -> Path:
         """Make a download an adapter, held until `release`; under `key` it is found again.
 
         Raises:
@@ -140,7 +144,7 @@ class Store:
         """
         with disk_errors():
             digest = content_digest(stage.files)
-            folder = self._folder / "contents" / digest
+            folder = self.folder / "contents" / digest
             folder.parent.mkdir(exist_ok=True)
             with self._lock:
                 self._hold(folder)
@@ -148,19 +152,18 @@ class Store:
                 os.rename(stage.files, folder)
             shutil.rmtree(stage.files.parent, ignore_errors=True)
             os.utime(folder)
-            if key is not None:
-                name = self._folder / "names" / key
-                name.parent.mkdir(exist_ok=True)
-                unfinished = name.with_name(f"{key}.{uuid.uuid4().hex}")
-                unfinished.write_text(digest)
-                os.replace(unfinished, name)
+            name = self.folder / "names" / key
+            name.parent.mkdir(exist_ok=True)
+            unfinished = name.with_name(f"{key}.{uuid.uuid4().hex}")
+            unfinished.write_text(digest)
+            os.replace(unfinished, name)
         return folder
 
     def _open(self) -> None:
         with self._lock:
             if self._shared is None:
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._shared = os.open(self._folder, os.O_RDONLY)
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._shared = os.open(self.folder, os.O_RDONLY)
                 fcntl.flock(self._shared, fcntl.LOCK_SH)
 
     def _hold(self, folder: Path) -> None:
@@ -172,7 +175,7 @@ class Store:
     def _everything(self) -> list[Path]:
         return [
             found
-            for place in (self._folder / "contents", self._folder / "partial")
+            for place in (self.folder / "contents", self.folder / "partial")
             if place.is_dir()
             for found in place.iterdir()
             if found.is_dir()

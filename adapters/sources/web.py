@@ -51,7 +51,7 @@ class Web:
         self.deadline = deadline
         self._sockets: list[socket.socket] = []
         self._client = httpx.Client(follow_redirects=False, headers={"Accept-Encoding": "identity"}, verify=trust)
-        self._watch = threading.Timer(deadline.left_s(), self._cut)
+        self._watch = threading.Timer(deadline.left_s(), self.cut)
         self._watch.daemon = True
 
     def __enter__(self) -> Web:
@@ -167,7 +167,9 @@ class Web:
         )
         return self._client.send(request, stream=True)
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """End the fetch now; from any thread."""
+        self.deadline.end()
         for one in self._sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

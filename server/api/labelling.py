@@ -147,6 +147,7 @@ async def leased(service: Service, model: str) -> AsyncIterator[Labeller]:
     Raises:
         ApiError: there is no such model.
     """
+    await service.prepare(model)
     lease = service.resolve(model)
     try:
         yield Labeller(service, lease)

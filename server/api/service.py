@@ -12,11 +12,12 @@ import weakref
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from motet.adapters.errors import AdapterNotFoundError, GateError, VersionNotServedError
+from motet.adapters.errors import AdapterFailedError, AdapterNotFoundError, GateError, VersionNotServedError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.server.api import merge_asks, uses
+from motet.server.api.autoload import Autoload
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
 from motet.server.api.errors import ApiError, from_adapter_error
@@ -51,6 +52,7 @@ class Service:
     Attributes:
         tokenizer: None where the base takes no texts.
         max_waiting: generations that may wait; more are answered 429.
+        autoload: loads adapters that requests name; None where only administration loads.
         ready: the base is loaded and warm.
         draining: no new requests.
     """
@@ -66,6 +68,7 @@ class Service:
     keys: Keys
     max_waiting: int
     heads: Heads = field(default_factory=Heads)
+    autoload: Autoload | None = None
     ready: bool = False
     draining: bool = False
     _placeholders: weakref.WeakKeyDictionary[InstanceGate, Placeholders] = field(
@@ -76,6 +79,28 @@ class Service:
     def healthy(self) -> bool:
         """Whether the step thread lives and its steps succeed."""
         return self.engine.alive and self.engine.state.failures < FAILURES_UNHEALTHY
+
+    def knows(self, model: str) -> bool:
+        """Whether the name means something, served or not."""
+        if model == self.base.name or MARK in model or self.merging.find(model) is not None:
+            return True
+        try:
+            self.registry.get(model)
+        except AdapterFailedError:
+            return True
+        except AdapterNotFoundError:
+            return False
+        return True
+
+    async def prepare(self, *models: str) -> None:
+        """Have adapters loaded that nobody has loaded, where that is on.
+
+        Raises:
+            ApiError: one is refused, or takes too long.
+        """
+        if self.autoload is not None:
+            for model in models:
+                await self.autoload.ensure(model)
 
     def resolve(self, model: str) -> Lease | None:
         """A lease on the adapter of that name, or None for the base.
@@ -101,6 +126,7 @@ class Service:
         self.require_open()
         self.require_texts()
         uses.require_one_way(body, self.base.name)
+        await self.prepare(*([body.model] if body.adapters is None else [part.name for part in body.adapters]))
         merged = await self._merged(body)
         applied = await self._applied(body) if merged is None else [await self._of_merge(merged)]
         try:

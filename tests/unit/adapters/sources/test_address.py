@@ -45,7 +45,7 @@ def test_one_form(source: str, expected: Address) -> None:
 def test_what_floats_must_be_asked_for(source: str, revision: str) -> None:
     address = parse(source, floating=True)
     assert (address.revision, address.fixed) == (revision, False)
-    with pytest.raises(InvalidSourceError, match="--adapter-floating"):
+    with pytest.raises(InvalidSourceError, match="--adapter-revisions floating"):
         parse(source)
 
 
