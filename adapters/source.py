@@ -109,7 +109,7 @@ def confine(path: Path, roots: Sequence[Path]) -> Path:
         leaves = leaves or not below
     if leaves:
         raise UnsafePathError("the adapter's path is outside every --adapter-root; move it below one, or add a root")
-    raise SourceNotFoundError(f"adapter source {str(path)!r} is below none of the adapter roots; check the path")
+    raise SourceNotFoundError(f"adapter source {str(path)[:200]!r} is below none of the adapter roots; check the path")
 
 
 def read(folder: Path, declared: Declared = NOTHING_DECLARED, limits: Limits = DEFAULT_LIMITS) -> AdapterFiles:
