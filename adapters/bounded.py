@@ -86,6 +86,20 @@ def read_file(folder: Path, name: str, limit: int) -> bytes:
     return content
 
 
+def read_weights(folder: Path, name: str, limits: Limits) -> bytes:
+    """The bytes of a safetensors file, once its header is within the limits.
+
+    Raises:
+        SourceError: as `read_file`, or the header announces what cannot be.
+    """
+    path = check_place(folder, name)
+    with path.open("rb") as file:
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), limits.header_bytes))
+    check_header(name, start, path.stat().st_size, limits)
+    return read_file(folder, name, limits.weights_bytes)
+
+
 def parse_object(name: str, content: bytes) -> dict[str, Any]:
     """A JSON object without duplicate keys.
 

@@ -25,8 +25,8 @@ from tests.support.hostile_sources import ARCHIVES, PAGES, SOURCES
 MOST_CPU_S = 2.0
 """Of the server and its children, for one refusal; wall-clock time is the other tests' and machines' matter too."""
 MOST_WALL_S = 20.0
-MOST_BYTES = 192 << 20
-"""Growth of the server's peak: the header of 100,001 tensors (5 MB of JSON), and pages that are read once."""
+MOST_BYTES = 96 << 20
+"""Growth of the server's peak: the header of 10^6 tensors is a file of 61 MB."""
 DOWNLOAD_S = 1.5
 
 
