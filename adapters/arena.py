@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 import torch
 
+from motet.adapters.packed import units_of
+
 
 class UnitAllocator:
     """Hands out contiguous ranges of units, first fit, merging what is freed with its neighbours.
@@ -81,16 +83,12 @@ class Arena:
         self.units_NU = torch.empty((self.allocator.capacity, self.unit), dtype=dtype, device=device)
 
     def units_of(self, operand: torch.Tensor) -> int:
-        """Units that an operand takes, the last one perhaps in part; an index takes four bytes."""
-        if operand.is_floating_point():
-            return math.ceil(operand.numel() / self.unit)
-        return math.ceil(operand.numel() * torch.int32.itemsize / self.unit_bytes)
+        """Units that an operand takes."""
+        return units_of(operand, self.unit, self.units_NU.dtype)
 
-    def write(self, start: int, operand: torch.Tensor) -> None:
-        """Copy values, cast to the arena's dtype, or indices, as int32, to the units from `start` on."""
-        units = self.units_NU[start : start + self.units_of(operand)].view(-1)
-        kept = units if operand.is_floating_point() else units.view(torch.int32)
-        kept[: operand.numel()].copy_(operand.reshape(-1))
+    def copy(self, start: int, units_NU: torch.Tensor) -> None:
+        """Copy units to those from `start` on; returns once they are there."""
+        self.units_NU[start : start + len(units_NU)].copy_(units_NU)
 
     def index(self, start: int, count: int) -> torch.Tensor:
         """The int32 indices that begin at a unit; not copied."""

@@ -59,6 +59,7 @@ class Terms:
         condition: what the name must mean now.
         digest: what the source must have; None takes what it has.
         pinned, quota: of the name from now on; None leaves them as they are.
+        preload: bring the version to the device before anybody asks for it, once nothing more urgent is to be brought.
         actor: who asks, for the audit trail.
     """
 
@@ -66,6 +67,7 @@ class Terms:
     digest: Digest | None = None
     pinned: bool | None = None
     quota: Quota | None = None
+    preload: bool = False
     actor: str = "start"
 
 

@@ -1,7 +1,8 @@
 """Adapters that requests make of others, merges that are no sum: made once, kept while there is room.
 
 Must not know: how they are made, requests. They have no name of their own, so nobody finds them but by the request that
-makes them; the least recently used one without a lease goes first.
+makes them; the least recently used one without a lease goes first. Nothing can make them again while they exist, so the
+host keeps them as long.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from motet.adapters.effects import Lowered
-from motet.adapters.errors import ArenaFullError
+from motet.adapters.errors import HostFullError
 from motet.adapters.lease import Lease, Leases, Resident
-from motet.adapters.residency import Residency
+from motet.adapters.packed import Packed
+from motet.adapters.supply import Again
+from motet.adapters.tiers import Tiers
 from motet.adapters.trimming import Trimmed
-from motet.adapters.version import AdapterVersion, Slot
+from motet.adapters.version import AdapterVersion
 
 MOST = 16
 Make = Callable[[], tuple[Lowered, Trimmed | None]]
-"""What is to be placed, and what trimming took of it."""
+"""What is to be served, and what trimming took of it."""
 
 
 class Derived:
@@ -28,8 +31,8 @@ class Derived:
     Note: every method may be called from any thread. While one is made, those who ask for it wait; others do not.
     """
 
-    def __init__(self, residency: Residency, leases: Leases) -> None:
-        self._residency, self._leases = residency, leases
+    def __init__(self, tiers: Tiers, leases: Leases) -> None:
+        self._tiers, self._leases = tiers, leases
         self._lock = threading.Lock()
         self._made: OrderedDict[AdapterVersion, Resident] = OrderedDict()
         self._making: dict[AdapterVersion, threading.Lock] = {}
@@ -43,7 +46,8 @@ class Derived:
         """A lease on the version, which is made where it is not there yet.
 
         Raises:
-            ArenaFullError: there is no room, even without every other one that nobody uses.
+            ArenaFullError: it does not fit on the device.
+            HostFullError: there is no room for it, even without every other one that nobody uses.
             AdapterError: what `make` raises.
         """
         with self._lock:
@@ -56,40 +60,31 @@ class Derived:
                     self._making.pop(version, None)
 
     def drop(self, version: AdapterVersion) -> None:
-        """Free it with its last lease; whoever asks later has it made again. Nothing where it was not made."""
+        """Drop it with its last lease; whoever asks later has it made again. Nothing where it was not made."""
         with self._lock:
             resident = self._made.pop(version, None)
         if resident is not None:
             self._leases.retire(resident)
 
-    def place(self, lowered: Lowered) -> Slot:
-        """Place any adapter; what nobody uses here gives way to it.
+    def admit(self, resident: Resident, packed: Packed, again: Again | None) -> None:
+        """Take in any version; what nobody uses here gives way to what must stay of it.
 
         Raises:
-            ArenaFullError: there is no room all the same.
+            ArenaFullError, HostFullError: see `Tiers.admit`.
         """
-        return self._with_room(self._residency.place, lowered)
-
-    def place_beside(self, lowered: Lowered) -> Slot:
-        """As `place`, with replaced parameters beside the arena; see `Residency.place_beside`.
-
-        Raises:
-            ArenaFullError: there is no room all the same.
-        """
-        return self._with_room(self._residency.place_beside, lowered)
-
-    def _with_room(self, place: Callable[[Lowered], Slot], lowered: Lowered) -> Slot:
         try:
-            return place(lowered)
-        except ArenaFullError:
+            self._tiers.admit(resident, packed, again)
+        except HostFullError:
             with self._lock:
-                return self._placed(lowered, place)
+                self._admit(resident, packed, again)
 
     def _new(self, version: AdapterVersion, lowered: Lowered, trimmed: Trimmed | None) -> Lease:
+        packed = self._tiers.residency.pack(lowered)
         with self._lock:
             if version not in self._made:  # after a failure, two may have made it
-                slot = self._placed(lowered, self._residency.place)
-                self._made[version] = Resident(version, slot, trimmed=trimmed)
+                resident = Resident(version, trimmed=trimmed)
+                self._admit(resident, packed, None)
+                self._made[version] = resident
             lease = self._taken(version)
             assert lease is not None
             return lease
@@ -104,16 +99,16 @@ class Derived:
             pass
         return lease
 
-    def _placed(self, lowered: Lowered, place: Callable[[Lowered], Slot]) -> Slot:
+    def _admit(self, resident: Resident, packed: Packed, again: Again | None) -> None:
         while True:
             try:
-                return place(lowered)
-            except ArenaFullError:
+                return self._tiers.admit(resident, packed, again)
+            except HostFullError:
                 if not self._drop_one():
                     raise
 
     def _drop_one(self) -> bool:
-        """Free the least recently used one without a lease; False when there is none."""
+        """Drop the least recently used one without a lease; False when there is none."""
         for version, resident in self._made.items():
             if resident.leases == 0:
                 del self._made[version]

@@ -131,6 +131,11 @@ class GateSpec:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def bytes(self) -> int:
+        """Of the tensors, in host memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lowered:

@@ -30,6 +30,7 @@
     │   ├── AdapterFailedError
     │   ├── CatalogueError
     │   ├── ArenaFullError
+    │   ├── HostFullError
     │   └── UnmeasuredError
     ├── ExportError              the folder to write cannot be written
     ├── GateError                what a request gives for its gate cannot be used
@@ -161,6 +162,10 @@ class CatalogueError(RegistryError):
 
 class ArenaFullError(RegistryError):
     """The adapter does not fit into the adapter memory that is left."""
+
+
+class HostFullError(RegistryError):
+    """What must stay of the adapter does not fit into the host memory that is left."""
 
 
 class UnmeasuredError(RegistryError):

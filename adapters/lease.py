@@ -1,16 +1,16 @@
-"""How long a resident adapter must stay: requests hold leases on it, and a retired one is freed with its last lease.
+"""How long a version must exist: requests hold leases on it, and a retired one is dropped with its last lease.
 
-Must not know: names' meaning, files, requests.
+Must not know: names' meaning, files, requests, tiers.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from motet.adapters.gates.build import Gate
 from motet.adapters.heads import HeadFile
-from motet.adapters.residency import Residency
 from motet.adapters.tokens import OwnTokenizer
 from motet.adapters.trimming import Trimmed
 from motet.adapters.version import AdapterVersion, Slot
@@ -18,7 +18,7 @@ from motet.adapters.version import AdapterVersion, Slot
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """One version in adapter memory, and what requests need to know of it.
+    """One version that exists, and what requests need to know of it.
 
     Attributes:
         own: its own tokenizer; None where it has the base's.
@@ -26,18 +26,31 @@ class Resident:
         unmixable: why it cannot be a part of a mixture; None where it can.
         head: what answers by labels; None where the adapter has only the base's output.
         trimmed: what trimming took of it; None where its weights are whole.
+        vocabulary: one past the largest token id that it serves; None where that is the base's.
         leases, retired: changed by `Leases` alone.
+        slot: where it is on the device; None while it is not there. This and the rest are changed by `Tiers` alone.
+        holds: generations that keep it on the device.
+        pinned: it stays on the device without them.
+        last_used_s: Unix time at which a generation last began or ended with it; None where none did.
+        device_bytes: what it takes there.
+        failure: why it could not be brought there, and when; None where it could, or nobody tried.
     """
 
     version: AdapterVersion
-    slot: Slot
     own: OwnTokenizer | None = None
     gate: Gate | None = None
     unmixable: str | None = None
     head: HeadFile | None = None
     trimmed: Trimmed | None = None
+    vocabulary: int | None = None
     leases: int = 0
     retired: bool = False
+    slot: Slot | None = None
+    holds: int = 0
+    pinned: bool = False
+    last_used_s: float | None = None
+    device_bytes: int = 0
+    failure: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,18 +66,23 @@ class Lease:
 
     @property
     def slot(self) -> Slot:
-        """Where it is."""
-        return self.resident.slot
+        """Where it is on the device; only while it is held there."""
+        slot = self.resident.slot
+        assert slot is not None, f"{self.version.short} is not on the device"
+        return slot
 
 
 class Leases:
     """Counts them.
 
+    Args:
+        drop: called once for every version that is retired and has no lease any more.
+
     Note: every method may be called from any thread.
     """
 
-    def __init__(self, residency: Residency) -> None:
-        self._residency = residency
+    def __init__(self, drop: Callable[[Resident], None]) -> None:
+        self._drop = drop
         self._lock = threading.Lock()
 
     def take(self, resident: Resident) -> Lease:
@@ -80,12 +98,12 @@ class Leases:
             lease.resident.leases -= 1
             free = lease.resident.retired and lease.resident.leases == 0
         if free:
-            self._residency.release(lease.slot)
+            self._drop(lease.resident)
 
     def retire(self, resident: Resident) -> None:
-        """Free a version, once it has no lease; nobody may take further ones."""
+        """Drop a version, once it has no lease; nobody may take further ones."""
         with self._lock:
             resident.retired = True
             free = resident.leases == 0
         if free:
-            self._residency.release(resident.slot)
+            self._drop(resident)

@@ -1,6 +1,6 @@
 """From a folder to what is served of it: read, lowered, on request approximated; nothing the cache holds twice.
 
-Must not know: names, versions, memory, requests.
+Must not know: what names mean, memory, requests.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from motet.adapters.source import confine
@@ -52,7 +52,20 @@ class Origin:
         return cls(**json.loads(text))
 
 
-Resolve = Callable[[Origin], AbstractContextManager[tuple[Path, Declared]]]
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An origin as folders of this machine.
+
+    Attributes:
+        origin: what finds exactly this again, where the one that was asked for may come to mean something else.
+    """
+
+    folder: Path
+    declared: Declared
+    origin: Origin
+
+
+Resolve = Callable[[Origin], AbstractContextManager[Found]]
 """Finds the folders of an origin, which stay until the block is left.
 
 Raises AdapterError when one is not there or may not be read, or the lossy form does not exist.
@@ -63,25 +76,27 @@ def folders(roots: Sequence[Path]) -> Resolve:
     """Folders below the adapter roots; anywhere, where the origin is trusted."""
 
     @contextlib.contextmanager
-    def resolve(origin: Origin) -> Iterator[tuple[Path, Declared]]:
-        yield placed(origin, lambda path: confine(Path(path), roots))
+    def resolve(origin: Origin) -> Iterator[Found]:
+        yield placed(origin, lambda path: (confine(Path(path), roots), path))
 
     return resolve
 
 
-def placed(origin: Origin, place: Callable[[str], Path]) -> tuple[Path, Declared]:
-    """The folder of an origin and what is declared of it.
+def placed(origin: Origin, place: Callable[[str], tuple[Path, str]]) -> Found:
+    """The folders of an origin.
 
     Args:
-        place: finds the folder of a source that is not trusted.
+        place: finds the folder of a source that is not trusted, and the source that finds exactly this again.
 
     Raises:
         ConfigError: the lossy form does not exist.
     """
     form = None if origin.approximate is None else LossyForm.parse(origin.approximate)
-    source, initial, residual = (
-        None if path is None else Path(path) if origin.trusted else place(path)
+    (source, pinned), (initial, pinned_initial), (residual, pinned_residual) = (
+        (None, None) if path is None else (Path(path), path) if origin.trusted else place(path)
         for path in (origin.source, origin.initial, origin.residual)
     )
     assert source is not None
-    return source, Declared(initial, residual, origin.trained_on_base, form)
+    assert pinned is not None
+    again = replace(origin, source=pinned, initial=pinned_initial, residual=pinned_residual)
+    return Found(source, Declared(initial, residual, origin.trained_on_base, form), again)

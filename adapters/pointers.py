@@ -6,8 +6,7 @@ Must not know: files, how a version is made, who changes names, what outlives th
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from motet.adapters.catalogue import Named, Quota
@@ -21,19 +20,13 @@ from motet.adapters.version import Digest, exactly
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """What a name means.
-
-    Attributes:
-        used_s: Unix time of the latest request; changed by `Pointers` alone.
-    """
+    """What a name means."""
 
     resident: Resident
     receipt: Receipt
     origin: Origin
     published_s: float
-    pinned: bool
     quota: Quota
-    used_s: float | None = None
 
     @property
     def info(self) -> AdapterInfo:
@@ -45,20 +38,23 @@ class Entry:
             published_s=self.published_s,
             leases=resident.leases,
             head=resident.head,
-            pinned=self.pinned,
+            pinned=resident.pinned,
             quota=self.quota,
-            used_s=self.used_s,
+            used_s=resident.last_used_s,
         )
 
 
 class Pointers:
     """The names that are published, or should be.
 
+    Args:
+        bytes_of: what a version takes now, by tier.
+
     Note: every method may be called from any thread, and none waits for anything but the others.
     """
 
-    def __init__(self, leases: Leases) -> None:
-        self._leases = leases
+    def __init__(self, leases: Leases, bytes_of: Callable[[Resident], Mapping[str, int]]) -> None:
+        self._leases, self._bytes_of = leases, bytes_of
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
         self._failed: dict[str, str] = {}
@@ -73,9 +69,7 @@ class Pointers:
             AdapterFailedError: the name could not be restored.
         """
         with self._lock:
-            entry = self._asked(asked)
-            entry.used_s = time.time()
-            return self._leases.take(entry.resident)
+            return self._leases.take(self._asked(asked).resident)
 
     def entry(self, name: str) -> Entry:
         """What a name means.
@@ -92,22 +86,22 @@ class Pointers:
         with self._lock:
             return [self._entries[name] for name in sorted(self._entries)]
 
-    def move(self, name: str, entry: Entry) -> None:
-        """Let the name mean this from now on; the version before is freed with its last lease."""
+    def move(self, name: str, entry: Entry) -> Resident | None:
+        """Let the name mean this from now on; the version before, which is dropped with its last lease."""
         with self._lock:
             old = self._entries.get(name)
             self._entries[name] = entry
             self._failed.pop(name, None)
             self._retired += [] if old is None else [old.resident]
-        self._retire(old)
+        return self._retire(old)
 
-    def drop(self, name: str) -> None:
-        """Let the name mean nothing; the version is freed with its last lease."""
+    def drop(self, name: str) -> Resident | None:
+        """Let the name mean nothing; the version before, as for `move`."""
         with self._lock:
             old = self._entries.pop(name, None)
             self._failed.pop(name, None)
             self._retired += [] if old is None else [old.resident]
-        self._retire(old)
+        return self._retire(old)
 
     def release(self, lease: Lease) -> None:
         """End a lease."""
@@ -145,6 +139,7 @@ class Pointers:
             quota={} if named is None else named.quota,
             versions=() if named is None else named.versions,
             leases=leases,
+            bytes={} if entry is None else self._bytes_of(entry.resident),
         )
 
     def draining(self) -> Collection[str]:
@@ -157,10 +152,12 @@ class Pointers:
         with self._lock:
             return sum(one.leases for one in self._retired if one.version.name == name)
 
-    def _retire(self, old: Entry | None) -> None:
-        if old is not None:
-            self._leases.retire(old.resident)
-            self._forget_drained()
+    def _retire(self, old: Entry | None) -> Resident | None:
+        if old is None:
+            return None
+        self._leases.retire(old.resident)
+        self._forget_drained()
+        return old.resident
 
     def _forget_drained(self) -> None:
         with self._lock:

@@ -23,8 +23,8 @@ from motet.adapters.lowering import Lowering, lower
 from motet.adapters.mixture import obstacle
 from motet.adapters.origin import Origin, Resolve
 from motet.adapters.receipt import Receipt, receipt
-from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
+from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion, Digest
 
 Check = Callable[[Golden, Callable[[], Lease]], None]
@@ -45,6 +45,7 @@ class Prepared:
 
     resident: Resident
     receipt: Receipt
+    origin: Origin
 
 
 class Publishing:
@@ -59,7 +60,7 @@ class Publishing:
     def __init__(
         self,
         base: BaseModel,
-        residency: Residency,
+        tiers: Tiers,
         leases: Leases,
         derived: Derived,
         cache: LoweredCache | None,
@@ -67,7 +68,7 @@ class Publishing:
         score: Score | None,
         resolve: Resolve,
     ) -> None:
-        self._base, self._residency, self._leases, self._derived = base, residency, leases, derived
+        self._base, self._tiers, self._leases, self._derived = base, tiers, leases, derived
         self._cache, self._check, self._score, self._resolve = cache, check, score, resolve
 
     def examine(self, folder: Path, declared: Declared) -> tuple[Lowering, Receipt]:
@@ -77,7 +78,7 @@ class Publishing:
             AdapterError: the adapter is refused.
         """
         lowering = lower(folder, declared, self._base, self._cache)
-        return lowering, receipt(lowering, self._base, self._residency.bytes_needed)
+        return lowering, receipt(lowering, self._base, self._tiers.residency.bytes_needed)
 
     def lowered(self, version: AdapterVersion, origin: Origin) -> Lowered:
         """What a version was lowered to: from the cache, or by lowering its source again.
@@ -89,20 +90,21 @@ class Publishing:
         cached = self._cache.get(self._base.fingerprint, version.digest) if self._cache else None
         if cached is not None:
             return cached
-        with self._resolve(origin) as (folder, declared):
-            found = lower(folder, declared, self._base, self._cache)
-        if found.digest != version.digest:
+        with self._resolve(origin) as found:
+            lowering = lower(found.folder, found.declared, self._base, self._cache)
+        if lowering.digest != version.digest:
             raise SourceChangedError(
                 f"adapter {version.name!r} is published with digest {version.digest}, but its source has digest "
-                f"{found.digest} by now; load it again to serve what its source holds"
+                f"{lowering.digest} by now; load it again to serve what its source holds"
             )
-        return found.lowered
+        return lowering.lowered
 
-    def prepare(self, name: str, origin: Origin, expected: Digest | None = None) -> Prepared:
-        """Read, check, lower and place an adapter; it stays until it is retired.
+    def prepare(self, name: str, origin: Origin, expected: Digest | None, pinned: bool) -> Prepared:
+        """Read, check, lower and take in an adapter; it exists until it is retired.
 
         Args:
             expected: the digest that it must have.
+            pinned: whether it is to stay on the device.
 
         Raises:
             SourceChangedError: it has another one.
@@ -110,25 +112,24 @@ class Publishing:
 
         Note: waits for the engine where the folder has golden log-probabilities, and where a lossy form is asked for.
         """
-        with self._resolve(origin) as (folder, declared):
-            return self._prepared(name, folder, declared, expected)
-
-    def _prepared(self, name: str, folder: Path, declared: Declared, expected: Digest | None) -> Prepared:
-        lowering, facts = self.examine(folder, declared)
+        with self._resolve(origin) as found:
+            lowering, facts = self.examine(found.folder, found.declared)
+            vouched = golden.read(found.folder, lowering.lowered) if self._check else None
         if expected is not None and lowering.digest != expected:
             raise SourceChangedError(
                 f"the source of adapter {name!r} has digest {lowering.digest}, not {expected}; give the digest that it "
                 "has, or publish what it holds as a new version"
             )
-        vouched = golden.read(folder, lowering.lowered) if self._check else None
         exact_logprobs = None
         if lowering.exact is not None and self._score is not None:
-            slot = self._derived.place_beside(lowering.exact.lowered)
-            exact = Resident(AdapterVersion(name, lowering.exact.digest), slot)
+            exact = Resident(AdapterVersion(name, lowering.exact.digest))
+            self._tiers.place_beside(exact, lowering.exact.lowered)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
-        resident = self._place(name, lowering)
+        resident = self._admit(name, lowering, found.origin)
         try:
+            if pinned:
+                self._tiers.pin(resident)
             if self._check is not None and vouched is not None:
                 self._check(vouched, lambda: self._leases.take(resident))
             if self._score is not None and exact_logprobs is not None:
@@ -136,17 +137,19 @@ class Publishing:
         except BaseException:
             self._leases.retire(resident)  # a lease of the check may still be on its way back
             raise
-        return Prepared(resident, facts)
+        return Prepared(resident, facts, found.origin)
 
-    def _place(self, name: str, lowering: Lowering) -> Resident:
-        lowered = lowering.lowered
+    def _admit(self, name: str, lowering: Lowering, origin: Origin) -> Resident:
+        lowered, version = lowering.lowered, AdapterVersion(name, lowering.digest)
         gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
+        resident = Resident(version, lowering.own, gate, unmixable, lowering.head)
+        packed = self._tiers.residency.pack(lowered)
         try:
-            slot = self._derived.place(lowered)
+            self._derived.admit(resident, packed, lambda: self.lowered(version, origin))
         except ArenaFullError as error:
-            exact = lowering.exact or lowering
-            raise ArenaFullError(f"{error}{offer(exact.lowered, self._base, self._residency.bytes_needed)}") from None
-        return Resident(AdapterVersion(name, lowering.digest), slot, lowering.own, gate, unmixable, lowering.head)
+            exact, needed = lowering.exact or lowering, self._tiers.residency.bytes_needed
+            raise ArenaFullError(f"{error}{offer(exact.lowered, self._base, needed)}") from None
+        return resident
 
     def _scored_exactly(self, exact: Resident, vouched: Golden | None) -> Sequence[Sequence[float]]:
         """What an unpublished exact form says of the fixed texts, for the last time; golden values are checked too."""

@@ -19,7 +19,8 @@ from motet.adapters.condition import ANY, KNOWN, NEW, NO_TERMS, Condition, Terms
 from motet.adapters.derived import Derived
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import AdapterError, AdapterNotFoundError, NameBusyError, PublishesFullError
-from motet.adapters.lease import Lease, Leases
+from motet.adapters.host import HOST_BYTES, HostTier
+from motet.adapters.lease import Lease, Leases, Resident
 from motet.adapters.names import check_name
 from motet.adapters.origin import Origin, Resolve, folders
 from motet.adapters.pointers import Entry, Pointers, unknown
@@ -28,6 +29,7 @@ from motet.adapters.receipt import Receipt
 from motet.adapters.residency import Residency
 from motet.adapters.spec import NOTHING_DECLARED, Declared
 from motet.adapters.standing import AdapterInfo, Standing
+from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion
 
 PUBLISHES = 2
@@ -42,6 +44,7 @@ class Registry:
         check: asked before an adapter with golden log-probabilities is published; None where nothing is published for
             requests, as in `motet adapters inspect`.
         score: asked for both forms of an adapter before a lossy one is published; None where nothing is.
+        tiers: over the residency and the cache; by default with room for HOST_BYTES.
         catalogue: where names are kept; None keeps them in memory.
         resolve: finds what is published or restored.
 
@@ -56,18 +59,20 @@ class Registry:
         cache: LoweredCache | None = None,
         check: Check | None = None,
         score: Score | None = None,
+        tiers: Tiers | None = None,
         catalogue: Catalogue | None = None,
         resolve: Resolve | None = None,
     ) -> None:
         self.base = base
         self.residency = residency
-        self.leases = Leases(residency)
-        self.derived = Derived(residency, self.leases)
+        self.tiers = tiers or Tiers(residency, HostTier(HOST_BYTES), cache, base.fingerprint)
+        self.leases = Leases(self.tiers.drop)
+        self.derived = Derived(self.tiers, self.leases)
         self.catalogue = catalogue or Catalogue(None, base.fingerprint)
         self._publishing = Publishing(
-            base, residency, self.leases, self.derived, cache, check, score, resolve or folders(())
+            base, self.tiers, self.leases, self.derived, cache, check, score, resolve or folders(())
         )
-        self._pointers = Pointers(self.leases)
+        self._pointers = Pointers(self.leases, self.tiers.bytes_of)
         self._lock = threading.Lock()
         self._changing: dict[str, bool] = {}
         """Name → whether a version is being prepared for it."""
@@ -95,8 +100,8 @@ class Registry:
         check_name(name, self.base.name)
         act = Act(terms.actor, "publish", name)
         with self._change(act, terms.condition, prepares=True) as named:
-            prepared = self._publishing.prepare(name, origin, terms.digest)
-            return self._move(act, named, prepared, origin, terms)
+            prepared = self._publishing.prepare(name, origin, terms.digest, _pinned(named, terms))
+            return self._move(act, named, prepared, terms)
 
     def rollback(self, name: str, to: str | None, terms: Terms) -> AdapterInfo:
         """Publish a kept version again, exactly.
@@ -114,8 +119,9 @@ class Registry:
             KNOWN.require(name, named)
             assert named is not None
             version = named.version(to)
-            prepared = self._publishing.prepare(name, version.origin, version.digest)
-            return self._move(act, named, prepared, version.origin, terms)
+            pinned = _pinned(named, terms)
+            prepared = self._publishing.prepare(name, version.origin, version.digest, pinned)
+            return self._move(act, named, prepared, terms)
 
     def restore(self, report: Callable[[str], None], besides: Collection[str] = ()) -> None:
         """Serve what the catalogue has. A name that cannot be restored answers with its error until it is published.
@@ -131,13 +137,11 @@ class Registry:
             current = named.current
             try:
                 check_name(named.name, self.base.name)
-                prepared = self._publishing.prepare(named.name, current.origin, current.digest)
+                prepared = self._publishing.prepare(named.name, current.origin, current.digest, named.pinned)
             except AdapterError as error:
                 self._pointers.fail(named.name, str(error))
                 continue
-            entry = Entry(
-                prepared.resident, prepared.receipt, current.origin, current.published_s, named.pinned, named.quota
-            )
+            entry = Entry(prepared.resident, prepared.receipt, current.origin, current.published_s, named.quota)
             self._pointers.move(named.name, entry)
 
     def unload(self, name: str, terms: Terms = NO_TERMS) -> AdapterVersion:
@@ -152,7 +156,7 @@ class Registry:
             KNOWN.require(name, named)
             assert named is not None
             self.catalogue.remove(act)
-            self._pointers.drop(name)
+            self._unpin(self._pointers.drop(name))
             return AdapterVersion(name, named.current.digest)
 
     def examine(self, folder: Path, declared: Declared = NOTHING_DECLARED) -> tuple[Lowered, Receipt]:
@@ -241,10 +245,6 @@ class Registry:
             raise unknown(name)
         return found
 
-    def origins(self) -> list[Origin]:
-        """Where every version comes from that is served, or that can be rolled back to. Reads the catalogue."""
-        return [version.origin for named in self.catalogue.names() for version in named.versions]
-
     def draining(self, name: str) -> int:
         """How many leases there are on versions that the name meant before."""
         return self._pointers.leases_before(name)
@@ -272,15 +272,26 @@ class Registry:
             with self._lock:
                 del self._changing[act.name]
 
-    def _move(self, act: Act, named: Named | None, prepared: Prepared, origin: Origin, terms: Terms) -> AdapterInfo:
+    def _move(self, act: Act, named: Named | None, prepared: Prepared, terms: Terms) -> AdapterInfo:
         """Let the name mean the version: on the disk first, then for requests."""
-        pinned = (named is not None and named.pinned) if terms.pinned is None else terms.pinned
+        resident = prepared.resident
         quota = ({} if named is None else named.quota) if terms.quota is None else terms.quota
         try:
-            at_s = self.catalogue.publish(act, prepared.resident.version.digest, origin, pinned, quota)
+            at_s = self.catalogue.publish(act, resident.version.digest, prepared.origin, resident.pinned, quota)
         except BaseException:
-            self.leases.retire(prepared.resident)
+            self.leases.retire(resident)
             raise
-        entry = Entry(prepared.resident, prepared.receipt, origin, at_s, pinned, quota)
-        self._pointers.move(act.name, entry)
+        entry = Entry(resident, prepared.receipt, prepared.origin, at_s, quota)
+        self._unpin(self._pointers.move(act.name, entry))
+        if terms.preload:
+            self.tiers.preload(resident)
         return entry.info
+
+    def _unpin(self, old: Resident | None) -> None:
+        """Requests may still run on it, but nobody new will."""
+        if old is not None and old.pinned:
+            self.tiers.unpin(old)
+
+
+def _pinned(named: Named | None, terms: Terms) -> bool:
+    return (named is not None and named.pinned) if terms.pinned is None else terms.pinned

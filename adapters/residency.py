@@ -1,89 +1,61 @@
-"""Which adapters are in the arena and where: lowered effects in, integer addresses out.
+"""Which adapters are in the arena and where: packed operands in, integer addresses out.
 
-Must not know: names' meaning, requests, files, methods. The tables are plain NumPy so that a step gathers the addresses
-of all its adapters for all targets in one indexing operation.
+Must not know: names' meaning, requests, files, methods, who must stay. The tables are plain NumPy so that a step
+gathers the addresses of all its adapters for all targets in one indexing operation.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from motet.adapters.addresses import COLUMNS, Addresses, Int32
 from motet.adapters.arena import Arena
 from motet.adapters.base import Target
-from motet.adapters.effects import Lowered, TargetEffects
+from motet.adapters.effects import Lowered
 from motet.adapters.errors import ArenaFullError
+from motet.adapters.packed import Packed, operands_of, pack, touched
 from motet.adapters.version import Slot
-
-Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Addresses:
-    """Where operands lie, for some slots: [C targets, S slots] first arena unit and what is present.
+class _Piece:
+    """Consecutive operands that lie end to end in the arena.
 
     Attributes:
-        a_first, b_first: of A [R, I] and Bᵀ [R, O]; meaningless where rank is 0.
-        rank: true rank, 0 where the adapter has no low-rank effect on the target.
-        scale_first, bias_first: of the vectors [O]; meaningless where absent.
-        columns_first, columns_index: of Vᵀ [S, O] and of the indices of a ColumnSparse.
-        rows_first, rows_index: of V [S, I] and of the indices of a RowSparse.
-        columns, rows: how many of either, 0 where absent; rows of added tokens lie behind the others, not counted.
-        sign_first: of the words [O, P] of a SignDelta.
-        sign_alpha: the bits of its α, a float32.
-        has_scale, has_bias, has_sign: 0 or 1.
+        first, stop: numbers of the operands, half open.
+        source, start, units: first unit in the packed form and in the arena, and how many.
     """
 
-    a_first: Int32
-    b_first: Int32
-    rank: Int32
-    scale_first: Int32
-    bias_first: Int32
-    columns_first: Int32
-    columns_index: Int32
-    columns: Int32
-    rows_first: Int32
-    rows_index: Int32
-    rows: Int32
-    sign_first: Int32
-    sign_alpha: Int32
-    has_scale: Int32
-    has_bias: Int32
-    has_sign: Int32
-
-    def of(self, targets: slice) -> Addresses:
-        """The addresses of some of the targets."""
-        return Addresses(*(getattr(self, name)[targets] for name in _COLUMNS))
-
-
-_COLUMNS = tuple(field.name for field in fields(Addresses))
+    first: int
+    stop: int
+    source: int
+    start: int
+    units: int
 
 
 class Residency:
     """The resident set.
 
     Note: `place` and `release` may be called from any thread. A slot's addresses never change while it is held, so
-    readers that hold a lease on the slot need no lock.
+    readers that hold a lease on the slot need no lock. Nothing is copied under the lock.
     """
 
     def __init__(self, targets: Mapping[str, Target], arena: Arena) -> None:
         self._targets = targets
         self.arena = arena
         self._lock = threading.Lock()
-        self._tables = np.zeros((len(_COLUMNS), len(targets), 0), dtype=np.int32)
+        self._tables = np.zeros((len(COLUMNS), len(targets), 0), dtype=np.int32)
         self._vacant: list[Slot] = []
-        self._ranges: dict[Slot, list[int]] = {}
+        self._pieces: dict[Slot, list[_Piece]] = {}
         self._overlays: dict[Slot, dict[str, torch.Tensor]] = {}
-        self._touched: dict[Slot, frozenset[str]] = {}
-        self._vocabulary: dict[Slot, int | None] = {}
-        self._groups: dict[Slot, Int32] = {}
+        self._packed: dict[Slot, _Facts] = {}
         self.epoch = 0
-        """Changes whenever a slot gains or loses its addresses: what was built in the same epoch is still right."""
+        """Changes whenever a slot gains or loses its addresses."""
 
     @property
     def used_bytes(self) -> int:
@@ -96,9 +68,11 @@ class Residency:
 
     def bytes_needed(self, lowered: Lowered) -> int:
         """Bytes the adapter takes in the arena."""
-        operands = [operand for effects in lowered.effects.values() for _, operand in _operands(effects)]
-        operands += {id(values): values for values in lowered.overlays.values()}.values()
-        return sum(self.arena.units_of(operand) for operand in operands) * self.arena.unit_bytes
+        return sum(map(self.arena.units_of, operands_of(lowered))) * self.arena.unit_bytes
+
+    def pack(self, lowered: Lowered) -> Packed:
+        """The adapter as `place_packed` takes it."""
+        return pack(lowered, self._targets, self.arena.unit, self.arena.units_NU.dtype)
 
     def overlays(self, slot: Slot) -> Mapping[str, torch.Tensor]:
         """Parameter → its replacement, a view of the arena unless it was placed beside it."""
@@ -106,23 +80,35 @@ class Residency:
 
     def touched(self, slot: Slot) -> frozenset[str]:
         """Paths of the modules that the adapter changes in any way."""
-        return self._touched[slot]
+        return self._packed[slot].touched
 
     def vocabulary(self, slot: Slot) -> int | None:
         """One past the largest token id that the adapter serves; None where that is the base's."""
-        return self._vocabulary[slot]
+        return self._packed[slot].vocabulary
 
     def groups(self, slot: Slot) -> Int32:
         """[C, R] which factor of a gate multiplies each rank row of each target; R is the adapter's largest rank."""
-        return self._groups[slot]
+        return self._packed[slot].groups_CR
+
+    def placing(self, slot: Slot) -> int:
+        """A number of its own for each time that a slot was filled: with an equal one, addresses are still right."""
+        return self._packed[slot].placing
 
     def place(self, lowered: Lowered) -> Slot:
-        """Copy the adapter's operands into the arena.
+        """Pack the adapter and copy it into the arena.
 
         Raises:
-            ArenaFullError: they do not fit; nothing was changed.
+            ArenaFullError: it does not fit; nothing was changed.
         """
-        return self._place(lowered, beside=False)
+        return self.place_packed(self.pack(lowered))
+
+    def place_packed(self, packed: Packed) -> Slot:
+        """Copy an adapter into the arena.
+
+        Raises:
+            ArenaFullError: it does not fit; nothing was changed.
+        """
+        return self._place(packed, {})
 
     def place_beside(self, lowered: Lowered) -> Slot:
         """As `place`, but replaced parameters become tensors of their own, which no budget counts: not to serve them.
@@ -130,30 +116,15 @@ class Residency:
         Raises:
             ArenaFullError: there is no memory for them; nothing was changed.
         """
-        return self._place(lowered, beside=True)
-
-    def _place(self, lowered: Lowered, beside: bool) -> Slot:
-        with self._lock:
-            ranges, column, overlays = self._allocate(lowered, beside)
-            slot = self._vacant.pop() if self._vacant else Slot(len(self._ranges))
-            self._ranges[slot], self._overlays[slot] = ranges, overlays
-            self._vocabulary[slot] = lowered.vocabulary
-            self._touched[slot] = frozenset([*lowered.effects, *(path.rpartition(".")[0] for path in overlays)])
-            self._groups[slot] = self._grouped(lowered)
-            if slot >= self._tables.shape[2]:
-                grown = np.zeros((*self._tables.shape[:2], max(8, 2 * self._tables.shape[2])), dtype=np.int32)
-                grown[:, :, : self._tables.shape[2]] = self._tables
-                self._tables = grown
-            self._tables[:, :, slot] = column
-            self.epoch += 1
-        return slot
+        beside = {id(values): self._beside(values) for values in lowered.overlays.values()}
+        packed = replace(self.pack(replace(lowered, overlays={})), touched=touched(lowered))
+        return self._place(packed, {path: beside[id(values)] for path, values in lowered.overlays.items()})
 
     def release(self, slot: Slot) -> None:
         """Free the slot; the caller guarantees that no step uses it."""
         with self._lock:
-            del self._overlays[slot], self._touched[slot], self._vocabulary[slot], self._groups[slot]
-            for start in self._ranges.pop(slot):
-                self.arena.allocator.free(start)
+            del self._overlays[slot], self._packed[slot]
+            self._free(self._pieces.pop(slot))
             self._vacant.append(slot)
             self.epoch += 1
 
@@ -162,41 +133,64 @@ class Residency:
         columns = self._tables[:, :, slots]
         return Addresses(*columns)
 
-    def _allocate(self, lowered: Lowered, beside: bool) -> tuple[list[int], Int32, dict[str, torch.Tensor]]:
-        """First units, the column of the tables, and the overlays; nothing where one does not fit."""
-        ranges: list[int] = []
-        column = np.zeros(self._tables.shape[:2], dtype=np.int32)
-        overlays: dict[str, torch.Tensor] = {}
-        placed: dict[int, torch.Tensor] = {}
+    def _place(self, packed: Packed, beside: Mapping[str, torch.Tensor]) -> Slot:
+        with self._lock:
+            pieces = self._allocate(packed)
         try:
-            for name, effects in lowered.effects.items():
-                target = self._targets[name].index
-                for kind, operand in _operands(effects):
-                    column[_COLUMNS.index(kind), target] = self._write(operand, lowered, ranges)
-                for kind, count in _counts(effects, self._targets[name]):
-                    column[_COLUMNS.index(kind), target] = count
-            for path, values in lowered.overlays.items():
-                if id(values) not in placed:
-                    placed[id(values)] = (
-                        self._beside(values)
-                        if beside
-                        else self.arena.view(self._write(values, lowered, ranges), values.shape)
-                    )
-                overlays[path] = placed[id(values)]
-        except ArenaFullError:
-            for taken in ranges:
-                self.arena.allocator.free(taken)
+            for piece in pieces:
+                self.arena.copy(piece.start, packed.units_NU[piece.source : piece.source + piece.units])
+        except BaseException:
+            with self._lock:
+                self._free(pieces)
             raise
-        return ranges, column, overlays
+        column_LC, overlays = self._located(packed, pieces)
+        with self._lock:
+            self.epoch += 1
+            slot = self._vacant.pop() if self._vacant else Slot(len(self._pieces))
+            self._pieces[slot], self._overlays[slot] = pieces, {**overlays, **beside}
+            self._packed[slot] = _Facts(packed.touched, packed.vocabulary, packed.groups_CR, self.epoch)
+            if slot >= self._tables.shape[2]:
+                grown = np.zeros((*self._tables.shape[:2], max(8, 2 * self._tables.shape[2])), dtype=np.int32)
+                grown[:, :, : self._tables.shape[2]] = self._tables
+                self._tables = grown
+            self._tables[:, :, slot] = column_LC
+        return slot
 
-    def _grouped(self, lowered: Lowered) -> Int32:
-        """All zero where the adapter has no gate of its own: its one factor is a weight."""
-        ranks = [effects.low_rank.rank for effects in lowered.effects.values() if effects.low_rank]
-        groups = np.zeros((len(self._targets), max(ranks, default=0)), dtype=np.int32)
-        if lowered.gate is not None:
-            for name, group_R in lowered.gate.groups.items():
-                groups[self._targets[name].index, : len(group_R)] = group_R
-        return groups
+    def _allocate(self, packed: Packed) -> list[_Piece]:
+        """Ranges for all operands, as few as gaps allow; the caller holds the lock."""
+        start_K = [*packed.start_K.tolist(), len(packed.units_NU)]
+        pieces: list[_Piece] = []
+        todo = [(0, len(start_K) - 1)] if len(start_K) > 1 else []
+        while todo:
+            first, stop = todo.pop()
+            units = start_K[stop] - start_K[first]
+            start = self.arena.allocator.allocate(units)
+            if start is not None:
+                pieces.append(_Piece(first, stop, start_K[first], start, units))
+            elif stop - first > 1:
+                middle = (first + stop) // 2
+                todo += [(middle, stop), (first, middle)]
+            else:
+                self._free(pieces)
+                raise self._full(packed)
+        return pieces
+
+    def _located(self, packed: Packed, pieces: list[_Piece]) -> tuple[Int32, dict[str, torch.Tensor]]:
+        """The column of the tables, and views of the replaced parameters."""
+        start_K = packed.start_K.copy()
+        for piece in pieces:
+            start_K[piece.first : piece.stop] += piece.start - piece.source
+        column_LC = packed.counts_LC.copy()
+        column_LC[packed.cell_K2[:, 0], packed.cell_K2[:, 1]] = start_K[: len(packed.cell_K2)]
+        overlays = {
+            path: self.arena.view(int(start_K[number]), torch.Size(shape))
+            for path, (number, shape) in packed.overlays.items()
+        }
+        return column_LC, overlays
+
+    def _free(self, pieces: list[_Piece]) -> None:
+        for piece in pieces:
+            self.arena.allocator.free(piece.start)
 
     def _beside(self, values: torch.Tensor) -> torch.Tensor:
         try:
@@ -207,50 +201,20 @@ class Residency:
                 "lossy one is compared with it; lower --kv-memory or --adapter-memory"
             ) from error
 
-    def _write(self, operand: torch.Tensor, lowered: Lowered, ranges: list[int]) -> int:
-        """The first unit of an operand that was copied into the arena; also noted in `ranges`."""
-        start = self.arena.allocator.allocate(self.arena.units_of(operand))
-        if start is None:
-            raise self._full(lowered)
-        ranges.append(start)
-        self.arena.write(start, operand)
-        return start
-
-    def _full(self, lowered: Lowered) -> ArenaFullError:
+    def _full(self, packed: Packed) -> ArenaFullError:
         used = self.arena.allocator.used * self.arena.unit_bytes
         return ArenaFullError(
-            f"the adapter needs {self.bytes_needed(lowered):,} bytes; {used:,} of the {self.budget_bytes:,} bytes of "
+            f"the adapter needs {packed.units_NU.nbytes:,} bytes; {used:,} of the {self.budget_bytes:,} bytes of "
             "adapter memory are taken, and no gap is left for one of its operands; unload an adapter or raise "
             "--adapter-memory"
         )
 
 
-def _operands(effects: TargetEffects) -> list[tuple[str, torch.Tensor]]:
-    """(table column of the first unit, rows) of every operand, rows laid out as they lie in the arena."""
-    operands: list[tuple[str, torch.Tensor]] = []
-    if effects.low_rank:
-        operands += [("a_first", effects.low_rank.a_RI), ("b_first", effects.low_rank.b_OR.T)]
-    if effects.scale:
-        operands.append(("scale_first", effects.scale.delta_O))
-    if effects.bias:
-        operands.append(("bias_first", effects.bias.bias_O))
-    if effects.columns:
-        operands += [("columns_first", effects.columns.v_OS.T), ("columns_index", effects.columns.index_S)]
-    if effects.rows:
-        operands += [("rows_first", effects.rows.v_SI), ("rows_index", effects.rows.index_S)]
-    if effects.sign:
-        operands.append(("sign_first", effects.sign.word_OP))
-    return operands
+@dataclass(frozen=True, slots=True, eq=False)
+class _Facts:
+    """What is known of a slot beside its addresses."""
 
-
-def _counts(effects: TargetEffects, target: Target) -> list[tuple[str, int]]:
-    """(table column, value) of what says how large an operand is, or that there is one."""
-    return [
-        ("rank", effects.low_rank.rank if effects.low_rank else 0),
-        ("columns", len(effects.columns.index_S) if effects.columns else 0),
-        ("rows", int((effects.rows.index_S < target.out_width).sum()) if effects.rows else 0),
-        ("has_scale", int(effects.scale is not None)),
-        ("has_bias", int(effects.bias is not None)),
-        ("has_sign", int(effects.sign is not None)),
-        ("sign_alpha", int(effects.sign.alpha_1.view(torch.int32)) if effects.sign else 0),
-    ]
+    touched: frozenset[str]
+    vocabulary: int | None
+    groups_CR: Int32
+    placing: int

@@ -23,8 +23,9 @@ class AdapterInfo:
         published_s: Unix time of publication.
         leases: requests that use the version now.
         head: its output head, where it has one.
-        pinned, quota: of the name; the registry enforces neither.
-        used_s: Unix time of the latest request.
+        pinned: it stays on the device.
+        quota: of the name; the registry does not enforce it.
+        used_s: Unix time at which a request last used it; None where none did.
     """
 
     version: AdapterVersion
@@ -59,6 +60,7 @@ class Standing:
         error: why it could not be restored.
         versions: what the name means and meant, the current one first.
         leases: requests by the version that they run on, replaced ones among them.
+        bytes: what answers takes now, by tier.
     """
 
     name: str
@@ -69,3 +71,4 @@ class Standing:
     quota: Quota
     versions: tuple[Record, ...]
     leases: Mapping[Digest, int]
+    bytes: Mapping[str, int]

@@ -66,6 +66,11 @@ class ServeConfig:
         None, "File with one admin key per line; without one administration is closed."
     )
     adapter_memory: str = _option("auto", "Bytes for resident adapters, such as 2GiB.")
+    host_memory: str = _option(
+        "auto",
+        "Bytes for adapters in the server's own memory, from where they come to the device; auto is 4GiB, but at most "
+        "a quarter of the machine's memory.",
+    )
     adapter_cache: str = _option(
         "auto", "Folder that keeps lowered adapters, or off; auto is motet/lowered in the user's cache."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,14 @@ from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
 from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
+from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
-from motet.adapters.sources.resolve import Sources
-from motet.adapters.sources.store import Store
 from motet.adapters.spec import Declared
+from motet.adapters.tiers import Tiers
 from motet.server.api.app import create_app
-from motet.server.api.autoload import Template
 from motet.server.api.classifying import Classifying
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
@@ -42,11 +42,12 @@ from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease
+from motet.server.first import open_catalogue, publish_first, require_possible
 from motet.server.metrics import Metrics
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
-from motet.server.sourcing import open_sources, user_cache
+from motet.server.sourcing import OpenSources, open_sources, user_cache
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -55,6 +56,8 @@ CPU_MEMORY_BYTES = 1 << 30
 """Default of --kv-memory and --adapter-memory on a CPU; committed by the operating system as it is first used."""
 CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
 """Default shares of the free device memory after the base model is loaded."""
+HOST_SHARE = 0.25
+"""Of the machine's memory, at most HOST_BYTES: default of --host-memory."""
 CACHE_BYTES = 10 << 30
 """Default of --adapter-cache-size."""
 LAST_WORDS_S = 3
@@ -74,10 +77,11 @@ class Assembled:
     loaded: Loaded
     residency: Residency
     cache: LoweredCache | None
+    tiers: Tiers
     adapters: tuple[tuple[str, Path, Declared], ...]
     steps: Steps
     keys: Keys
-    sources: tuple[Sources, Store, Template | None]
+    sources: OpenSources
     threads: int
     report: Report
 
@@ -130,13 +134,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
     )
     adapters = tuple(parse_adapter(text) for text in config.adapter)
-    names = [name for name, _, _ in adapters]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise OptionError(f"--adapter names {twice[0]!r} twice; give each adapter a name of its own")
-    if config.versions_kept < 1:
-        raise OptionError(
-            f"--versions-kept {config.versions_kept} is too few; the current version counts, so at least 1"
-        )
+    require_possible(config, adapters)
     cache, sources = _adapter_cache(config), open_sources(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
@@ -146,7 +144,9 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
     else:
         steps = vision_steps(config, loaded, residency)
-    return Assembled(loaded, residency, cache, adapters, steps, keys, sources, threads, report)
+    host = HostTier(_host_budget(config))
+    tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
+    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, sources, threads, report)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
@@ -165,6 +165,14 @@ def _budget(text: str, option: str, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARES[option])
     return CPU_MEMORY_BYTES
+
+
+def _host_budget(config: ServeConfig) -> int:
+    given = parse_bytes("host-memory", config.host_memory)
+    if given is not None:
+        return given
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(HOST_BYTES, int(whole * HOST_SHARE))
 
 
 def own_the_processors(engine: Engine) -> None:
@@ -191,7 +199,7 @@ def run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], 
 
 async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
     async with opened(config, assembled) as service:
-        await asyncio.to_thread(_publish, service.registry, assembled)
+        await asyncio.to_thread(publish_first, service.registry, assembled.adapters, assembled.report)
         settings = uvicorn.Config(
             create_app(service),
             config.host,
@@ -205,21 +213,6 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
         await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
 
-def _publish(registry: Registry, assembled: Assembled) -> None:
-    """Serve what the catalogue has, and what the options name; those mean their folders after every start."""
-
-    def report(name: str) -> None:
-        assembled.report(f"loading adapter {name}")
-
-    registry.restore(report, besides={name for name, _, _ in assembled.adapters})
-    for standing in registry.standings():
-        if standing.error is not None:
-            assembled.report(f"adapter {standing.name} is not served: {standing.error}")
-    for name, folder, declared in assembled.adapters:
-        report(name)
-        registry.load(name, folder, declared, replace=True)
-
-
 @contextlib.asynccontextmanager
 async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = True) -> AsyncIterator[Service]:
     """The service with its engine running and no adapter loaded, until the block is left.
@@ -228,17 +221,17 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         golden: whether golden log-probabilities are checked, and a lossy form's error is measured, before an adapter is
             published.
     """
-    file = None if config.catalogue is None else Path(config.catalogue).expanduser()
-    catalogue = Catalogue(file, assembled.loaded.base.fingerprint, config.versions_kept)
+    catalogue = open_catalogue(config, assembled.loaded.base)
     try:
         service = _service(config, assembled, catalogue, golden)
         own_the_processors(service.engine)
         try:
             yield service
         finally:
-            assembled.sources[0].close()
+            assembled.sources.all.close()
             service.engine.stop()
     finally:
+        assembled.tiers.stop()
         catalogue.close()
 
 
@@ -246,7 +239,7 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
-    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits)
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers)
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
@@ -254,14 +247,17 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
 
     prepare = functools.partial(_prepare_steps, steps, assembled.threads)
     engine = Engine(scheduler, steps.runner, streams.publish, end_lease, prepare)
+    assembled.tiers.listen(engine.wake)
     check = score = None
     scorer = Scorer(steps.info, engine, streams)
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    sources, store, template = assembled.sources
-    registry = Registry(assembled.loaded.base, residency, assembled.cache, check, score, catalogue, sources.folders)
-    store.used = lambda: sources.kept(registry.origins())
+    sources, resolve = assembled.sources, assembled.sources.all.folders
+    registry = Registry(
+        assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers, catalogue, resolve
+    )
+    sources.keep_what_is_in(catalogue)
     service = Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
@@ -278,8 +274,8 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
         keys=assembled.keys,
         max_waiting=config.max_waiting,
     )
-    if template is not None:
-        service.autoload = autoloading(service, template, config.autoload_wait)
+    if sources.autoload is not None:
+        service.autoload = autoloading(service, sources.autoload, config.autoload_wait)
     return service
 
 

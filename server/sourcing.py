@@ -6,8 +6,10 @@ Must not know: the base model, the engine, HTTP.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from motet.adapters.catalogue import Catalogue
 from motet.adapters.errors import ForbiddenSourceError, InvalidSourceError
 from motet.adapters.sources.resolve import Sources
 from motet.adapters.sources.store import Store
@@ -18,8 +20,28 @@ DOWNLOAD_BYTES = 20 << 30
 """--download-size auto."""
 
 
-def open_sources(config: ServeConfig) -> tuple[Sources, Store, Template | None]:
-    """Where adapters may come from, where downloads are kept, and the source of those that nobody has loaded.
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenSources:
+    """Where adapters come from.
+
+    Attributes:
+        store: where downloads are kept.
+        autoload: the source of adapters that requests name and nobody has loaded.
+    """
+
+    all: Sources
+    store: Store
+    autoload: Template | None
+
+    def keep_what_is_in(self, catalogue: Catalogue) -> None:
+        """Never remove a download that is served, or that can be rolled back to."""
+        self.store.used = lambda: self.all.kept(
+            version.origin for named in catalogue.names() for version in named.versions
+        )
+
+
+def open_sources(config: ServeConfig) -> OpenSources:
+    """Of the options.
 
     Raises:
         OptionError: an option's value is none.
@@ -40,7 +62,7 @@ def open_sources(config: ServeConfig) -> tuple[Sources, Store, Template | None]:
         )
     except InvalidSourceError as error:
         raise OptionError(f"--adapter-source: {error}") from error
-    return sources, store, _template(config, sources)
+    return OpenSources(sources, store, _template(config, sources))
 
 
 def _template(config: ServeConfig, sources: Sources) -> Template | None:

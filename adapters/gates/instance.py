@@ -57,6 +57,7 @@ class InstanceGate:
     def __init__(self, spec: GateSpec) -> None:
         assert spec.kind == KIND, spec.kind
         self.experts = spec.size
+        self.bytes = spec.bytes
         self.items: int = spec.facts["items"]
         self.history_length: int = spec.facts["history_length"]
         self.placeholders: Mapping[str, str] = spec.facts["placeholders"]

@@ -27,6 +27,7 @@ class PoolGate:
         assert spec.kind == KIND, spec.kind
         self.members = spec.size
         self.targets = tuple(spec.groups)
+        self.bytes = spec.bytes
         self.scale = float(spec.facts["scale_cls"] or 1.0)
         self.bias = float(spec.facts["bias_cls"] or 0.0)
 

@@ -55,6 +55,12 @@ class Address:
     def is_archive(self) -> bool:
         return is_archive(self.uri)
 
+    def pinned(self, revision: str | None) -> str:
+        """The source that means what this one meant at a revision."""
+        folder = f"/{self.folder}" if self.folder else ""
+        plain = self.uri if revision is None else f"{self.scheme}://{self.host}/{self.path}@{revision}{folder}"
+        return plain if self.sha256 is None else f"{plain}#sha256={self.sha256}"
+
     @property
     def fixed(self) -> bool:
         """Whether it can only ever mean the same bytes."""

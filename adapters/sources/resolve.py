@@ -18,7 +18,7 @@ import httpx
 
 from motet.adapters.bounded import DEFAULT_LIMITS, Limits
 from motet.adapters.errors import CorruptSourceError, SourceError, SourceNotFoundError
-from motet.adapters.origin import Origin, placed
+from motet.adapters.origin import Found, Origin, placed
 from motet.adapters.source import confine
 from motet.adapters.sources.address import Address, AllowList, is_archive, is_remote, parse, split_pin
 from motet.adapters.sources.archive import unpack
@@ -29,7 +29,6 @@ from motet.adapters.sources.remote import Deadline, Remote
 from motet.adapters.sources.store import Staging, Store
 from motet.adapters.sources.web import Web
 from motet.adapters.sources.website import WebPlace
-from motet.adapters.spec import Declared
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +38,13 @@ class Fetched:
     Attributes:
         uri: the source in its one form; for a path, as it was given.
         revision: what it means now: a commit, a manifest's digest; None where there is no name for it.
+        pinned: the source that means this revision for ever, where there is one; else the source.
     """
 
     folder: Path
     uri: str
-    revision: str | None = None
+    revision: str | None
+    pinned: str
     _store: Store | None = None
 
     def close(self) -> None:
@@ -110,10 +111,15 @@ class Sources:
                 web.cut()
 
     @contextlib.contextmanager
-    def folders(self, origin: Origin) -> Iterator[tuple[Path, Declared]]:
+    def folders(self, origin: Origin) -> Iterator[Found]:
         """As `origin.Resolve` says: what each part of an origin means now."""
         with contextlib.ExitStack() as held:
-            yield placed(origin, lambda source: held.enter_context(self.fetch(source)).folder)
+
+            def place(source: str) -> tuple[Path, str]:
+                fetched = held.enter_context(self.fetch(source))
+                return fetched.folder, fetched.pinned
+
+            yield placed(origin, place)
 
     def kept(self, origins: Iterable[Origin]) -> frozenset[Path]:
         """The folders that sources were last found to be, where they are still there."""
@@ -145,13 +151,16 @@ class Sources:
             with Web(self._allowed, deadline, self._trust) as web, self._listed(web):
                 remote = self._open(address, web)
                 self._bring(remote, stage, deadline)
-            folder = self._store.keep(stage, key)
-            return Fetched(folder, address.uri, remote.revision, self._store)
+            pinned = address.pinned(remote.revision)
+            folder = self._store.keep(stage, key, _key(parse(pinned, floating=self._floating)))
+            return Fetched(folder, address.uri, remote.revision, pinned, self._store)
 
     def _known(self, address: Address, key: str) -> Fetched | None:
         """What an earlier fetch of a source that cannot change left."""
         folder = self._store.find(key) if address.fixed else None
-        return None if folder is None else Fetched(folder, address.uri, address.revision, self._store)
+        if folder is None:
+            return None
+        return Fetched(folder, address.uri, address.revision, address.pinned(address.revision), self._store)
 
     def _kept(self, source: str) -> Path | None:
         try:
@@ -198,7 +207,7 @@ class Sources:
         path, pin = split_pin(source) if "#sha256=" in source else (source, None)
         place = confine(Path(path), self._roots)
         if not (place.is_file() and is_archive(place.name)):
-            return Fetched(place, source)
+            return Fetched(place, source, None, source)
         size = place.stat().st_size
         if size > self._limits.archive_bytes:
             raise CorruptSourceError(f"the archive has {size:,} bytes, more than {self._limits.archive_bytes:,}")
@@ -206,10 +215,10 @@ class Sources:
         if pin not in (None, digest):
             raise CorruptSourceError(f"the archive has SHA-256 {digest}, not {pin}, by which it is pinned")
         if (known := self._store.find(digest)) is not None:
-            return Fetched(known, source, None, self._store)
+            return Fetched(known, source, None, source, self._store)
         with self._store.staging(digest, deadline, resume_files=False) as stage:
             unpack(place, stage.files, self._limits, deadline, stage.take)
-            return Fetched(self._store.keep(stage, digest), source, None, self._store)
+            return Fetched(self._store.keep(stage, digest), source, None, source, self._store)
 
 
 def _key(address: Address) -> str:

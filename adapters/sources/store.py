@@ -136,8 +136,8 @@ class Store:
                 with contextlib.suppress(OSError):
                     os.utime(place)
 
-    def keep(self, stage: Staging, key: str) -> Path:
-        """Make a download an adapter, held until `release`; under `key` it is found again.
+    def keep(self, stage: Staging, *keys: str) -> Path:
+        """Make a download an adapter, held until `release`; under each key it is found again.
 
         Raises:
             StoreFullError: the folder cannot be used.
@@ -152,11 +152,12 @@ class Store:
                 os.rename(stage.files, folder)
             shutil.rmtree(stage.files.parent, ignore_errors=True)
             os.utime(folder)
-            name = self.folder / "names" / key
-            name.parent.mkdir(exist_ok=True)
-            unfinished = name.with_name(f"{key}.{uuid.uuid4().hex}")
-            unfinished.write_text(digest)
-            os.replace(unfinished, name)
+            names = self.folder / "names"
+            names.mkdir(exist_ok=True)
+            for key in keys:
+                unfinished = names / f"{key}.{uuid.uuid4().hex}"
+                unfinished.write_text(digest)
+                os.replace(unfinished, names / key)
         return folder
 
     def _open(self) -> None:

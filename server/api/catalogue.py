@@ -67,6 +67,7 @@ def router(service: Service) -> APIRouter:
             None if body.sha256 is None else Digest(body.sha256),
             body.pin,
             None if body.quota is None else body.quota.model_dump(exclude_none=True),
+            body.preload,
             actor(request),
         )
         try:
@@ -126,7 +127,7 @@ def _card(standing: Standing) -> dict[str, Any]:
         "method": None if receipt is None else receipt.method,
         "rank": None if receipt is None else receipt.ranks[1],
         "exact": None if receipt is None else receipt.exact,
-        "bytes": None if receipt is None else {"device": receipt.resident_bytes, "host": receipt.head_bytes},
+        "bytes": dict(standing.bytes),
         "leases": sum(leases.values()),
         "pinned": standing.pinned,
         "quota": dict(standing.quota),

@@ -83,6 +83,7 @@ _ADAPTER_STATUS: tuple[tuple[type[adapter_errors.AdapterError], int, str], ...] 
     (adapter_errors.GateError, 400, "gate_refused"),
     (adapter_errors.AdapterExistsError, 400, "adapter_exists"),
     (adapter_errors.ArenaFullError, 507, "adapter_memory_full"),
+    (adapter_errors.HostFullError, 507, "host_memory_full"),
     (adapter_errors.AdapterError, 400, "adapter_refused"),
 )
 

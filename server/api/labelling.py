@@ -129,7 +129,7 @@ class Labeller:
                     "model", f"adapter {name!r} answers by its user, whom only /v1/completions and chat are told"
                 )
             applied.append(await uses.gated(self.lease, None))
-            vocabulary = registry.residency.vocabulary(self.lease.slot)
+            vocabulary = self.lease.resident.vocabulary
         questions = [
             Question(prompt.tokens, lambda: uses.renewed(registry, applied), vocabulary, prompt.given)
             for prompt in prompts

@@ -213,7 +213,7 @@ class PublishBody(Body):
     """PUT /v1/adapters/{name}; `sha256` is the digest that the source must have.
 
     `initial_path` to `approximate` declare what the source does not say. Without `pin` or `quota` the name keeps its
-    own.
+    own. `preload` brings the version to the device before a request needs it there.
     """
 
     source: str = Field(min_length=1)
@@ -223,6 +223,7 @@ class PublishBody(Body):
     trained_on_base: bool = False
     approximate: str | None = None
     pin: bool | None = None
+    preload: bool = False
     quota: QuotaBody | None = None
 
 

@@ -182,7 +182,7 @@ class Service:
         own, gate = first.resident.own, first.resident.gate
         as_it_is = body.merge is None and first.version.answers_to(body.model)
         head = first.resident.head if as_it_is else None
-        vocabulary = self.registry.residency.vocabulary(first.slot) or self.base.vocabulary
+        vocabulary = first.resident.vocabulary or self.base.vocabulary
         tokenizer, end_tokens = (
             (self.tokenizer, self.base.end_tokens) if own is None else (own.tokenizer, own.end_tokens)
         )

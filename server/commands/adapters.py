@@ -1,4 +1,4 @@
-"""`motet adapters …`: list, load, unload and inspect adapters.
+"""`motet adapters …`: list, publish, roll back, delete and inspect adapters.
 
 Must not know: what adapters are made of.
 """
@@ -14,14 +14,20 @@ from rich.table import Table
 
 from motet.adapters.spec import Declared, LossyForm
 from motet.server.commands import options
-from motet.server.commands.client import call
+from motet.server.commands.client import address_of, call
 from motet.server.commands.terminal import console, facts, stages
 from motet.server.config import ServeConfig
+
+if_match = click.option("--if-match", help="Refuse unless the name is at the version of this digest.")
+
+
+def _condition(digest: str | None) -> dict[str, str]:
+    return {} if digest is None else {"If-Match": f'"{digest}"'}
 
 
 @click.group()
 def adapters() -> None:
-    """List, load, unload and inspect adapters."""
+    """List, publish, roll back, delete and inspect adapters."""
 
 
 @adapters.command(name="list")
@@ -86,6 +92,72 @@ def unload(name: str, url: str, as_json: bool) -> None:
     """Unload the adapter NAME; requests that use it finish."""
     call("POST", url, "/v1/unload_lora_adapter", "MOTET_ADMIN_KEY", {"lora_name": name})
     click.echo(json.dumps({"unloaded": name}) if as_json else f"unloaded {name}")
+
+
+@adapters.command()
+@click.argument("name")
+@click.argument("source")
+@click.option("--new", is_flag=True, help="Refuse where the name is published already.")
+@if_match
+@click.option("--sha256", help="The digest that the source must have.")
+@click.option("--pin/--no-pin", default=None, help="Keep it in memory, or no longer.")
+@options.declarations(str)
+@options.url
+@options.as_json
+def publish(
+    name: str,
+    source: str,
+    new: bool,
+    if_match: str | None,
+    sha256: str | None,
+    pin: bool | None,
+    initial: str | None,
+    residual: str | None,
+    trained_on_base: bool,
+    approximate: LossyForm | None,
+    url: str,
+    as_json: bool,
+) -> None:
+    """Let NAME mean the adapter at SOURCE; requests that run finish on the version before."""
+    body = {
+        "source": source,
+        "sha256": sha256,
+        "pin": pin,
+        "initial_path": initial,
+        "residual_path": residual,
+        "trained_on_base": trained_on_base,
+        "approximate": None if approximate is None else str(approximate),
+    }
+    headers = {**_condition(if_match), **({"If-None-Match": "*"} if new else {})}
+    card = call("PUT", url, address_of(name), "MOTET_ADMIN_KEY", body, headers).json()
+    click.echo(json.dumps(card) if as_json else f"{name} is at version {card['version'][:12]}")
+
+
+@adapters.command()
+@click.argument("name")
+@click.option("--to", help="First digits, twelve at least, of a kept version; by default the one before the current.")
+@if_match
+@options.url
+@options.as_json
+def rollback(name: str, to: str | None, if_match: str | None, url: str, as_json: bool) -> None:
+    """Let NAME mean a version that it meant before."""
+    body, headers = {} if to is None else {"version": to}, _condition(if_match)
+    card = call("POST", url, f"{address_of(name)}/rollback", "MOTET_ADMIN_KEY", body, headers).json()
+    click.echo(json.dumps(card) if as_json else f"{name} is at version {card['version'][:12]}")
+
+
+@adapters.command()
+@click.argument("name")
+@if_match
+@click.option("--wait", "wait_s", type=float, default=0, help="Seconds to wait for requests that run.")
+@options.url
+@options.as_json
+def delete(name: str, if_match: str | None, wait_s: float, url: str, as_json: bool) -> None:
+    """Take NAME away, and its versions; requests that use it finish."""
+    path = f"{address_of(name)}?wait_s={wait_s}"
+    gone = call("DELETE", url, path, "MOTET_ADMIN_KEY", headers=_condition(if_match)).json()
+    running = f"; {gone['leases']} requests still run" if gone["leases"] else ""
+    click.echo(json.dumps(gone) if as_json else f"deleted {name} ({gone['version'][:12]}){running}")
 
 
 @adapters.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import urllib.parse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,10 +19,17 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600
 
 
-def call(method: str, url: str, path: str, key_variable: str, body: dict[str, Any] | None = None) -> httpx.Response:
+def call(
+    method: str,
+    url: str,
+    path: str,
+    key_variable: str,
+    body: dict[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> httpx.Response:
     """Call the server; its errors become ours."""
     key = os.environ.get(key_variable, "").strip() or os.environ.get("MOTET_ADMIN_KEY", "").strip()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {**({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
     try:
         response = httpx.request(method, url.rstrip("/") + path, headers=headers, json=body, timeout=TIMEOUT_S)
     except httpx.HTTPError as error:
@@ -33,6 +41,11 @@ def call(method: str, url: str, path: str, key_variable: str, body: dict[str, An
             message = response.text
         raise click.ClickException(f"{response.status_code}: {message}")
     return response
+
+
+def address_of(name: str) -> str:
+    """Of an adapter."""
+    return f"/v1/adapters/{urllib.parse.quote(name, safe='/:@+')}"
 
 
 def base_of(url: str) -> dict[str, Any]:
@@ -49,6 +62,5 @@ def lowered_of(url: str, name: str) -> tuple[str, Lowered]:
     """
     from motet.adapters.lowered_file import parse
 
-    path = f"/v1/adapters/{urllib.parse.quote(name, safe='/:@+')}/lowered"
-    response = call("GET", url, path, "MOTET_ADMIN_KEY")
+    response = call("GET", url, f"{address_of(name)}/lowered", "MOTET_ADMIN_KEY")
     return response.headers["X-Motet-Adapter"], parse(response.content)

@@ -80,6 +80,8 @@ class Engine:
         self._failure: Exception | None = None
         self._inbox: deque[Generation | GenerationId] = deque()
         self._wake = threading.Condition()
+        self._woken = False
+        self._goes_on = False
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="motet-steps", daemon=True)
         self.state = EngineState(blocks=scheduler.blocks.size)
@@ -119,6 +121,12 @@ class Engine:
         """End a generation early; does nothing when it has ended. May be called from any thread."""
         self._post(generation)
 
+    def wake(self) -> None:
+        """An adapter arrived, failed, or may have room now: plan again. May be called from any thread."""
+        with self._wake:
+            self._woken = True
+            self._wake.notify()
+
     def _post(self, message: Generation | GenerationId) -> None:
         with self._wake:
             self._inbox.append(message)
@@ -134,8 +142,9 @@ class Engine:
             self._prepared.set()
         while True:
             with self._wake:
-                while not (self._inbox or self._scheduler.running or self._scheduler.waiting or self._stopping):
+                while not (self._inbox or self._woken or self._goes_on or self._stopping):
                     self._wake.wait()
+                self._woken = False
                 if self._stopping:
                     break
             self.step()
@@ -147,6 +156,10 @@ class Engine:
         """One turn: inbox, plan, run, commit, publish."""
         self._drain_inbox()
         plan = self._scheduler.plan()
+        for generation, failure in self._scheduler.take_failed():
+            self._finish(generation, FinishReason.ERROR, failure)
+        # Without a row to compute, all that wait need an adapter that is not there: its arrival wakes the loop.
+        self._goes_on = bool(plan.spans)
         if not plan.spans:
             self._observe(plan, 0.0)
             return

@@ -4,19 +4,24 @@ Must not know: torch, text, HTTP, how adapters work. It owns the generations and
 First come, first served: running generations in order of arrival, then waiting ones. A step has a budget of rows;
 a generation that decodes takes one, a prompt takes a chunk of what is left. When blocks run out, the generation that
 arrived last is preempted: its blocks are released and it waits to be computed again (mostly from the prefix cache).
+One whose adapters are not on the device is passed over until they are.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.types import (
+    MOST_WANTED,
     FinishReason,
     Generation,
     GenerationId,
+    Lease,
+    Memory,
     Plan,
     Span,
     SpanResult,
@@ -43,7 +48,10 @@ class Scheduler:
     Note: used by the engine thread only.
     """
 
-    def __init__(self, blocks: BlockPool, limits: StepLimits) -> None:
+    def __init__(self, blocks: BlockPool, limits: StepLimits, memory: Memory) -> None:
+        self._memory = memory
+        self._wanted = False
+        self._failed: list[tuple[Generation, str]] = []
         self.blocks = blocks
         self.limits = limits
         self.preemptions = 0
@@ -70,21 +78,23 @@ class Scheduler:
 
     def remove(self, generation_id: GenerationId) -> Generation | None:
         """Drop a generation wherever it is and release its blocks; None when it is unknown or has ended."""
-        for queue in (self._running, self._waiting):
-            for generation in queue:
-                if generation.id == generation_id:
-                    queue.remove(generation)
-                    self._release(generation)
-                    return generation
+        for generation in self._running:
+            if generation.id == generation_id:
+                self._stop(generation)
+                return generation
+        for generation in self._waiting:
+            if generation.id == generation_id:
+                self._waiting.remove(generation)
+                return generation
         return None
 
     def drain(self) -> list[Generation]:
         """Drop every generation and release its blocks."""
         dropped = [*self._running, *self._waiting]
-        self._running.clear()
+        for generation in list(self._running):
+            self._stop(generation)
         self._waiting.clear()
-        for generation in dropped:
-            self._release(generation)
+        self._want()
         return dropped
 
     def plan(self) -> Plan:
@@ -99,14 +109,27 @@ class Scheduler:
             if self._reserve(generation, count):
                 chosen.append((generation, count))
                 budget -= count
-        while budget and self._waiting and preemptions == self.preemptions and self._admit(self._waiting[0]):
-            generation = self._waiting.popleft()
+        for generation in list(self._waiting) if preemptions == self.preemptions else ():
+            if budget == 0 or len(self._running) >= self.limits.generations:
+                break
+            if not self._hold(generation):
+                continue
+            if not self._admit(generation):
+                self._let_go(generation)
+                break
+            self._waiting.remove(generation)
             self._running.append(generation)
             count = min(budget, len(generation.tokens) - generation.computed)
             chosen.append((generation, count))
             budget -= count
+        self._want()
         chosen.sort(key=_adapter_order)
         return Plan(tuple(self._span(generation, count) for generation, count in chosen))
+
+    def take_failed(self) -> list[tuple[Generation, str]]:
+        """The generations that `plan` dropped since the last call, and why; their leases are the caller's to end."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def commit(self, plan: Plan, results: Sequence[SpanResult]) -> tuple[list[TokenEvent], list[Generation]]:
         """Take in a step's results.
@@ -151,8 +174,7 @@ class Scheduler:
         return events, ended
 
     def _end(self, generation: Generation, ended: list[Generation]) -> None:
-        self._running.remove(generation)
-        self._release(generation)
+        self._stop(generation)
         ended.append(generation)
 
     def _advance(self, generation: Generation, count: int) -> None:
@@ -167,8 +189,6 @@ class Scheduler:
 
         A spare block per running generation is left over, so that an admission does not force a preemption at once.
         """
-        if len(self._running) >= self.limits.generations:
-            return False
         reusable = [] if generation.sampling.prompt_logprobs is not None else generation.tokens[:-1]
         shared = self.blocks.match(generation.namespace, reusable)
         missing = self.blocks.blocks_for(len(generation.tokens)) - len(shared)
@@ -198,14 +218,39 @@ class Scheduler:
 
     def _preempt(self, generation: Generation) -> None:
         self.preemptions += 1
-        self._running.remove(generation)
-        self._release(generation)
+        self._stop(generation)
         self._waiting.appendleft(generation)
 
-    def _release(self, generation: Generation) -> None:
+    def _stop(self, generation: Generation) -> None:
+        """It runs no longer: its blocks and its adapters' places are free."""
+        self._running.remove(generation)
+        self._let_go(generation)
         self.blocks.release(generation.blocks)
         generation.blocks = []
         generation.computed = 0
+
+    def _hold(self, generation: Generation) -> bool:
+        """Whether its adapters are on the device, to stay; one whose adapters cannot be brought there is dropped."""
+        leases = _leases(generation)
+        if not leases or self._memory.hold(leases):
+            return True
+        failures = (self._memory.failure(lease) for lease in leases)
+        if (failure := next((why for why in failures if why is not None), None)) is not None:
+            self._waiting.remove(generation)
+            self._failed.append((generation, failure))
+        return False
+
+    def _let_go(self, generation: Generation) -> None:
+        if leases := _leases(generation):
+            self._memory.let_go(leases)
+
+    def _want(self) -> None:
+        """Tell the memory what the queue needs, in its order; silent while it needs nothing."""
+        every = (lease for generation in self._waiting for lease in _leases(generation))
+        wanted = list(itertools.islice(every, MOST_WANTED))
+        if wanted or self._wanted:
+            self._memory.want(wanted)
+        self._wanted = bool(wanted)
 
     def _span(self, generation: Generation, count: int) -> Span:
         start, stop = generation.computed, generation.computed + count
@@ -226,6 +271,10 @@ class Scheduler:
             given={at - start: one for at, one in generation.given.items() if start <= at < stop},
             feature=sampling.feature and generation.drawn == 0 and stop == len(generation.tokens),
         )
+
+
+def _leases(generation: Generation) -> list[Lease]:
+    return [one.lease for one in generation.applied]
 
 
 def _adapter_order(choice: tuple[Generation, int]) -> list[tuple[str, str, tuple[float, ...]]]:

@@ -82,7 +82,7 @@ class Lease(Protocol):
 
     @property
     def slot(self) -> Slot:
-        """Where that version is resident."""
+        """Where that version is on the device; valid only while it is held, see `Memory`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,6 +252,28 @@ class TokenEvent:
     feature: Any = None
     error: str | None = None
     class_logits: Any = None
+
+
+class Memory(Protocol):
+    """Which versions are on the device. Implemented by motet.adapters.tiers; a fake in the engine's unit tests.
+
+    Note: called by the step thread; no method blocks. Whatever happens later is told by `Engine.wake`.
+    """
+
+    def hold(self, leases: Sequence[Lease]) -> bool:
+        """Keep all of these versions on the device until let_go; False, and nothing held, while one is not there."""
+
+    def let_go(self, leases: Sequence[Lease]) -> None:
+        """End what one successful `hold` of the same leases began."""
+
+    def want(self, leases: Sequence[Lease]) -> None:
+        """What queued generations need next, most urgent first, at most MOST_WANTED; replaces the last such list."""
+
+    def failure(self, lease: Lease) -> str | None:
+        """Why a version cannot be brought to the device; its generations end with this error."""
+
+
+MOST_WANTED = 32
 
 
 class Runner(Protocol):

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from motet.adapters.addresses import Addresses, Int32
 from motet.adapters.base import Kind, Target
-from motet.adapters.residency import Addresses, Int32, Residency
+from motet.adapters.residency import Residency
 from motet.adapters.version import Slot
 from motet.kernels.dispatch import Backend, low_rank_plan, sign_plan, sparse_plan
 from motet.kernels.epilogue import RowVectorPlan, RowVectors
@@ -62,8 +63,8 @@ class EffectsBuilder:
     """Builds a step's effects from the spans' slots and gates.
 
     Note: the previous step's effects are reused while the same slots and gates stand at the same rows, as they do for
-    most decode steps, and no slot was filled or freed in between. A span's second and further adapters are low-rank
-    pairs alone.
+    most decode steps, and none of those slots was filled anew in between. A span's second and further adapters are
+    low-rank pairs alone.
     """
 
     def __init__(
@@ -88,15 +89,15 @@ class EffectsBuilder:
         self._backend = backend
         self._embedding, self._head = embedding, head
         self._of_kind = {kind: [target for target in targets if target.kind is kind] for kind in Kind}
-        self._latest: tuple[tuple[Layers, int, int], StepChanges] | None = None
-        self._latest_head: tuple[tuple[Layers, int, int], StepEffects] | None = None
+        self._latest: tuple[tuple[Layers, int, list[int]], StepChanges] | None = None
+        self._latest_head: tuple[tuple[Layers, int, list[int]], StepEffects] | None = None
 
     def build(self, spans: Sequence[Span]) -> StepChanges:
         """Effects for the rows of these spans."""
         layers, rows = _layers([(span, len(span.tokens) * self._rows_of_position) for span in spans])
         if not layers:
             return StepChanges()
-        key = (layers, rows, self._residency.epoch)
+        key = (layers, rows, self._placings(layers))
         if self._latest is None or self._latest[0] != key:
             body = self._build(Kind.LINEAR, layers, rows)
             embedded = [one for runs in layers for one in self._embedded(runs)]
@@ -105,6 +106,10 @@ class EffectsBuilder:
         if not any(self._head in self._residency.touched(run.slot) for runs in layers for run in runs):
             return changes
         return replace(changes, head=self._build_head(spans))
+
+    def _placings(self, layers: Layers) -> list[int]:
+        """Equal while every slot holds what it held."""
+        return [self._residency.placing(run.slot) for runs in layers for run in runs]
 
     def position_overlays(self, spans: Sequence[Span]) -> OverlayPlan | None:
         """Replacements for modules whose rows are the positions, not what a position is made of."""
@@ -116,7 +121,7 @@ class EffectsBuilder:
         layers = [[run for run in runs if self._head in self._residency.touched(run.slot)] for runs in layers]
         if not any(layers):
             return None
-        key = (layers, rows, self._residency.epoch)
+        key = (layers, rows, self._placings(layers))
         if self._latest_head is None or self._latest_head[0] != key:
             head = self._build(Kind.HEAD, layers, rows)
             wider = self._wider(layers[0])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from motet.adapters.residency import Int32
+from motet.adapters.addresses import Int32
 from motet.kernels.segments import Float32, Gates
 
 

@@ -77,6 +77,14 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
 
 
 @pytest.fixture(scope="session")
+def tiny_sources(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list[Path]:
+    """Folders of four adapters of the random Llama, below one root."""
+    root, model = tmp_path_factory.mktemp("tiny-sources"), load_dense(tiny_model, torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=ALL_LINEARS, task_type="CAUSAL_LM")
+    return [_save(model, root / str(seed), config, seed, strength=0.3) for seed in range(4)]
+
+
+@pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_adapter: Path) -> Iterator[Server]:
     """The random Llama, "tiny", with its adapter, "tuned"."""
     log = tmp_path_factory.mktemp("tiny-server") / "log"

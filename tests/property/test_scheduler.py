@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, settings, strategies as st
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.types import FinishReason, Generation, GenerationId, Plan, Sampling, SpanResult, TokenEvent
+from tests.support.fake_memory import FakeMemory
 from tests.support.fake_runner import (
     VOCABULARY,
     FakeRunner,
@@ -73,7 +75,8 @@ class Traffic(RuleBasedStateMachine):
     def start(self, blocks: int, block_size: int, rows: int, generations: int) -> None:
         self.pool = BlockPool(blocks, block_size)
         self.limits = StepLimits(rows, generations)
-        self.scheduler = Scheduler(self.pool, self.limits)
+        self.memory = FakeMemory()
+        self.scheduler = Scheduler(self.pool, self.limits, self.memory)
         self.cache: dict[GenerationId, list[int]] = {}
         self.runner = FakeRunner(block_size, self.cache)
         self.open: dict[GenerationId, Expected] = {}
@@ -155,6 +158,8 @@ class Traffic(RuleBasedStateMachine):
             assert generation.computed <= len(generation.blocks) * self.pool.block_size
         assert self.scheduler.running + self.scheduler.waiting == len(self.open)
         assert self.scheduler.running <= self.limits.generations
+        running = [generation for generation in generations if generation.blocks]
+        assert self.memory.held == Counter(one.lease for generation in running for one in generation.applied)
 
     def teardown(self) -> None:
         if not hasattr(self, "pool"):

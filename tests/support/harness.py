@@ -79,7 +79,7 @@ class Harness:
         )
         self.runner = RecordingRunner(self.loaded, effects)
         self.pool = BlockPool(blocks, block_size)
-        self.scheduler = Scheduler(self.pool, StepLimits(rows, generations))
+        self.scheduler = Scheduler(self.pool, StepLimits(rows, generations), self.registry.tiers)
         self.engine = Engine(self.scheduler, self.runner, self._publish, self._end_lease)
         self._results: dict[GenerationId, Generated] = {}
         self._next = 0

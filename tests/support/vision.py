@@ -155,9 +155,8 @@ class VisionHarness:
         config = ServeConfig(max_batch_rows=images * self.loaded.tokens)
         self.steps = vision_steps(config, self.loaded, residency)
         self.blocks = BlockPool(self.steps.blocks, self.steps.block_size)
-        self.engine = Engine(
-            Scheduler(self.blocks, self.steps.limits), self.steps.runner, self._publish, self._end_lease
-        )
+        scheduler = Scheduler(self.blocks, self.steps.limits, self.registry.tiers)
+        self.engine = Engine(scheduler, self.steps.runner, self._publish, self._end_lease)
         self.events: dict[GenerationId, TokenEvent] = {}
         self._next = 0
 

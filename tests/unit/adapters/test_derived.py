@@ -9,15 +9,13 @@ import pytest
 
 from motet.adapters.derived import MOST, Derived
 from motet.adapters.effects import Lowered
-from motet.adapters.errors import ArenaFullError, GateError
-from motet.adapters.lease import Lease, Leases
-from motet.adapters.residency import Residency
+from motet.adapters.errors import GateError, HostFullError
+from motet.adapters.host import HostTier
+from motet.adapters.lease import Lease, Leases, Resident
+from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion, Digest
-from tests.support.bases import base_of_names, residency_of
-from tests.unit.adapters.test_lease import lowered
-
-BASE = base_of_names(["q"])
-SIZE = residency_of(BASE).bytes_needed(lowered())
+from tests.support.bases import residency_of
+from tests.support.lowered import BASE, HOST_BYTES, lowered
 
 
 def version(number: int) -> AdapterVersion:
@@ -25,12 +23,12 @@ def version(number: int) -> AdapterVersion:
 
 
 class Made:
-    """Derived adapters in an arena of a few places; remembers in which order they were made."""
+    """Derived adapters in a host of a few places; remembers in which order they were made."""
 
     def __init__(self, places: int) -> None:
-        self.residency: Residency = residency_of(BASE, places * SIZE)
-        self.leases = Leases(self.residency)
-        self.derived = Derived(self.residency, self.leases)
+        self.tiers = Tiers(residency_of(BASE), HostTier(places * HOST_BYTES))
+        self.leases = Leases(self.tiers.drop)
+        self.derived = Derived(self.tiers, self.leases)
         self.order: list[int] = []
 
     def acquire(self, number: int) -> Lease:
@@ -45,13 +43,13 @@ class Made:
 
     @property
     def used(self) -> int:
-        return self.residency.used_bytes // SIZE
+        return self.tiers.host.used_bytes // HOST_BYTES
 
 
 def test_made_once() -> None:
     made = Made(4)
     first, again = made.acquire(1), made.acquire(1)
-    assert first.slot == again.slot
+    assert first.resident is again.resident
     assert made.order == [1]
     made.use(2)
     assert made.order == [1, 2]
@@ -69,10 +67,10 @@ def test_made_once_when_many_ask_at_the_same_time() -> None:
         leases = list(threads.map(ask, range(8)))
     assert made.order == [1]
     assert leases[0].resident.leases == 8
-    assert len({lease.slot for lease in leases}) == 1
+    assert len({lease.resident for lease in leases}) == 1
 
 
-def test_a_full_arena_drops_the_one_used_longest_ago() -> None:
+def test_a_full_host_drops_the_one_used_longest_ago() -> None:
     made = Made(2)
     made.use(1)
     made.use(2)
@@ -92,12 +90,12 @@ def test_what_is_leased_is_never_dropped() -> None:
     made.use(3)
     assert made.order == [1, 2, 3]
     other = made.acquire(3)
-    with pytest.raises(ArenaFullError):
+    with pytest.raises(HostFullError):
         made.acquire(4)
     made.leases.release(other)
     made.use(4)
     assert made.used == 2
-    assert made.acquire(1).slot == held.slot
+    assert made.acquire(1).resident is held.resident
 
 
 def test_no_more_than_so_many_are_kept() -> None:
@@ -121,31 +119,18 @@ def test_more_may_be_leased_and_the_newest_is_not_dropped() -> None:
     assert made.used == MOST
 
 
-def test_a_loaded_adapter_takes_the_room_of_those_nobody_uses() -> None:
+def test_what_must_stay_of_a_loaded_adapter_takes_the_room_of_those_nobody_uses() -> None:
+    """Its head, say: the host keeps both as long as they exist."""
     made = Made(2)
     held = made.acquire(1)
     made.use(2)
-    slot = made.derived.place(lowered(7))
+    packed = made.tiers.residency.pack(lowered(7))
+    made.derived.admit(Resident(version(7)), packed, None)
     assert made.used == 2
-    assert slot != held.slot
-    with pytest.raises(ArenaFullError):
-        made.derived.place(lowered(8))
+    with pytest.raises(HostFullError):
+        made.derived.admit(Resident(version(8)), packed, None)
     made.use(1)
-    assert made.order == [1, 2]
-
-
-def test_what_lies_beside_the_arena_takes_their_room_too() -> None:
-    """The exact form of a lossy load: its pairs lie in the arena like any other's."""
-    made = Made(2)
-    held = made.acquire(1)
-    made.use(2)
-    slot = made.derived.place_beside(lowered(7))
-    assert made.used == 2
-    assert slot != held.slot
-    with pytest.raises(ArenaFullError):
-        made.derived.place_beside(lowered(8))
-    made.use(1)
-    assert made.order == [1, 2]
+    assert (made.order, held.resident.leases) == ([1, 2], 1)
 
 
 def test_dropped_once_nobody_uses_it() -> None:
@@ -177,8 +162,7 @@ def test_others_are_found_while_one_is_made() -> None:
         assert begun.wait(10)
         made.use(1)
         made.use(3)
-        made.derived.place(lowered(7))
-        assert made.used == 3
+        assert made.used == 2
         go_on.set()
         assert making.result(10).version == version(2)
     assert made.order == [1, 3]

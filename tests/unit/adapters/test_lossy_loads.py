@@ -85,7 +85,7 @@ def registry(base: BaseModel, residency: Residency, scores: Scores) -> Registry:
 
 
 def placed(residency: Residency) -> int:
-    return len(residency._ranges)
+    return len(residency._pieces)
 
 
 @pytest.mark.parametrize("declared", [ONE_BIT, SVD], ids=["1bit", "svd-3"])

@@ -26,9 +26,10 @@ from motet.adapters.errors import (
     VersionNotServedError,
 )
 from motet.adapters.origin import Origin, folders as below
+from motet.adapters.packed import Packed
 from motet.adapters.registry import PUBLISHES, Registry
 from motet.adapters.standing import State
-from motet.adapters.version import Digest, Slot
+from motet.adapters.version import Digest
 from tests.support.bases import residency_of
 from tests.unit.adapters.conftest import Bench, edit
 
@@ -61,14 +62,14 @@ def eventually(look: Callable[[], bool]) -> None:
 
 
 def test_one_name_is_changed_by_one_at_a_time(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on, place = threading.Event(), threading.Event(), registry.residency.place
+    begun, go_on, pack = threading.Event(), threading.Event(), registry.residency.pack
 
-    def waiting(lowered: Lowered) -> Slot:
+    def waiting(lowered: Lowered) -> Packed:
         begun.set()
         assert go_on.wait(30)
-        return place(lowered)
+        return pack(lowered)
 
-    monkeypatch.setattr(registry.residency, "place", waiting)
+    monkeypatch.setattr(registry.residency, "pack", waiting)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(put, registry, "0")
         assert begun.wait(30)
@@ -83,8 +84,8 @@ def test_one_name_is_changed_by_one_at_a_time(registry: Registry, monkeypatch: p
 
 def test_only_so_many_are_prepared_at_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     put(registry, "0", name="there")
-    together, place = threading.Barrier(PUBLISHES + 1), registry.residency.place
-    monkeypatch.setattr(registry.residency, "place", lambda lowered: (together.wait(30), place(lowered))[1])
+    together, pack = threading.Barrier(PUBLISHES + 1), registry.residency.pack
+    monkeypatch.setattr(registry.residency, "pack", lambda lowered: (together.wait(30), pack(lowered))[1])
     with ThreadPoolExecutor(PUBLISHES) as pool:
         running = [pool.submit(put, registry, "0", name=str(i)) for i in range(PUBLISHES)]
         eventually(lambda: together.n_waiting == PUBLISHES)

@@ -80,6 +80,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "adapter_memory": ("1GiB", "1GiB"),
     "adapter_cache": ("off", "off"),
     "adapter_cache_size": ("1GiB", "1GiB"),
+    "host_memory": ("2GiB", "2GiB"),
     "kv_memory": ("2GiB", "2GiB"),
     "block_size": ("32", 32),
     "max_batch_rows": ("99", 99),

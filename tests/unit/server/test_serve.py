@@ -12,6 +12,7 @@ from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.serve import own_the_processors
+from tests.support.fake_memory import FakeMemory
 from tests.support.fake_runner import FakeRunner
 
 
@@ -31,7 +32,7 @@ def test_only_the_step_thread_computes_on_all_processors() -> None:
         torch.set_num_threads(3)
         seen["steps"] = torch.get_num_threads()
 
-    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1))
+    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1), FakeMemory())
     engine = Engine(scheduler, FakeRunner(4), lambda events: None, lambda lease: None, prepare)
     own_the_processors(engine)
     loader = threading.Thread(target=lambda: seen.update(loader=torch.get_num_threads()))
@@ -43,7 +44,7 @@ def test_only_the_step_thread_computes_on_all_processors() -> None:
 
 
 def test_an_engine_that_cannot_be_prepared_says_why() -> None:
-    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1))
+    scheduler = Scheduler(BlockPool(4, 4), StepLimits(rows=4, generations=1), FakeMemory())
 
     def prepare() -> None:
         raise MemoryError("no room to warm up")

@@ -32,12 +32,12 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 def test_downloads_lie_where_the_options_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for options in ({}, {"download_dir": str(tmp_path / "own")}):
-        _, store, _ = open_sources(ServeConfig(**options))
+        store = open_sources(ServeConfig(**options)).store
         assert store.folder == tmp_path / ("own" if options else "motet/downloads")
 
 
 def test_an_autoload_template_that_is_allowed() -> None:
     config = ServeConfig(autoload="hf://org/{name}@main", adapter_source=("hf://org/",), adapter_revisions="floating")
-    template = open_sources(config)[2]
+    template = open_sources(config).autoload
     assert template is not None
     assert template.source("fr") == "hf://org/fr@main"

@@ -13,9 +13,11 @@ import httpx
 import torch
 
 from motet.adapters.base import BaseModel, Target
+from motet.adapters.host import HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.origin import folders
 from motet.adapters.registry import Registry
+from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion
 from motet.server.api.app import create_app
 from motet.server.api.base_info import BaseInfo
@@ -90,14 +92,17 @@ class Running:
             config={"hidden_size": 4},
         )
         self.runner = CountingRunner()
-        self.scheduler = Scheduler(BlockPool(64, 4), limits)
+        residency = residency_of(base)
+        tiers = Tiers(residency, HostTier(1 << 20))
+        self.scheduler = Scheduler(BlockPool(64, 4), limits, tiers)
         loop = asyncio.get_running_loop()
         streams = Streams(loop)
         engine = Engine(self.scheduler, self.runner, streams.publish, self._end_lease)
         info = BaseInfo("base", "0" * 64, 256, len(TOKENIZER), frozenset({2}), "float32", "cpu", 0)
         self.scorer = Scorer(info, engine, streams)
         check, resolve = golden_check(self.scorer, loop), folders([adapter.parent])
-        self.registry = Registry(base, residency_of(base), check=check, resolve=resolve)
+        self.registry = Registry(base, residency, check=check, tiers=tiers, resolve=resolve)
+        tiers.listen(engine.wake)
         self.registry.load("adapted", adapter)
         self.service = Service(
             base=info,
@@ -118,9 +123,9 @@ class Running:
     async def post(self, path: str = "/v1/completions", **change: Any) -> httpx.Response:
         return await self.client.post(path, json={**BODY, **change})
 
-    async def administer(self, method: str, path: str, **body: Any) -> httpx.Response:
+    async def administer(self, method: str, path: str, headers: Any = None, **body: Any) -> httpx.Response:
         """A request of the administrator."""
-        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}", **(headers or {})}
         return await self.client.request(method, path, json=body or None, headers=headers)
 
     async def eventually(self, look: Callable[[], bool]) -> None:

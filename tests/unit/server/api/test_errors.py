@@ -37,6 +37,7 @@ OWN_STATUS: dict[type[AdapterError], tuple[int, str]] = {
     errors.GoldenError: (400, "adapter_golden_mismatch"),
     errors.GateError: (400, "gate_refused"),
     errors.ArenaFullError: (507, "adapter_memory_full"),
+    errors.HostFullError: (507, "host_memory_full"),
 }
 
 

@@ -20,6 +20,7 @@ from motet.server.engine.types import (
     SpanResult,
     TokenEvent,
 )
+from tests.support.fake_memory import FakeMemory
 from tests.support.fake_runner import FakeLease, FakeRunner, version_of
 
 BLOCK = 4
@@ -55,7 +56,8 @@ class Rig:
     def __init__(self, blocks: int = 64, rows: int = 64, generations: int = 8) -> None:
         self.pool = BlockPool(blocks, BLOCK)
         self.runner = Steered()
-        scheduler = Scheduler(self.pool, StepLimits(rows, generations))
+        self.memory = FakeMemory()
+        scheduler = Scheduler(self.pool, StepLimits(rows, generations), self.memory)
         self.engine = Engine(scheduler, self.runner, self._publish, self._end_lease)
         self.events: dict[GenerationId, list[TokenEvent]] = {}
         self.published: list[list[TokenEvent]] = []

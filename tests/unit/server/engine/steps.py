@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.types import Generation, GenerationId, Plan, Sampling, SpanResult, TokenEvent
+from tests.support.fake_memory import FakeMemory
 from tests.support.fake_runner import applied, logprobs_at, version_of
 
 BLOCK = 4
 
 
-def scheduler(blocks: int = 16, rows: int = 64, generations: int = 8) -> Scheduler:
-    return Scheduler(BlockPool(blocks, BLOCK), StepLimits(rows, generations))
+def scheduler(blocks: int = 16, rows: int = 64, generations: int = 8, memory: FakeMemory | None = None) -> Scheduler:
+    return Scheduler(BlockPool(blocks, BLOCK), StepLimits(rows, generations), memory or FakeMemory())
 
 
 def generation(

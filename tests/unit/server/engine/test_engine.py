@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -264,3 +264,35 @@ def test_empty_turn_counts_no_step(rig: Rig) -> None:
 def test_empty_prompt_is_a_bug_of_the_caller(rig: Rig) -> None:
     with pytest.raises(AssertionError, match="at least one token"):
         rig.submit([])
+
+
+# ------------------------------------------------------------------------------------------- adapters not on the device
+
+
+def test_a_loop_with_nothing_but_absent_adapters_sleeps_until_woken(running: Rig) -> None:
+    running.memory.absent.add(version_of("fr"))
+    id = running.submit([1, 2])
+    eventually(lambda: running.memory.wanted == [version_of("fr")])
+    wants = running.memory.wants
+    time.sleep(0.1)
+    assert running.memory.wants == wants, "the loop spins"
+    running.memory.absent.clear()
+    running.engine.wake()
+    running.wait([id])
+    assert running.tokens(id) == generate_alone(((version_of("fr"), None),), [1, 2], SHORT)[0]
+
+
+def test_one_whose_adapter_cannot_be_brought_ends_with_the_reason(rig: Rig) -> None:
+    rig.memory.absent.add(version_of("fr"))
+    rig.memory.failures[version_of("fr")] = "its source changed"
+    id = rig.submit([1])
+    rig.engine.step()
+    assert [(event.finish, event.error) for event in rig.events[id]] == [(FinishReason.ERROR, "its source changed")]
+    rig.assert_everything_ended_once()
+
+
+def eventually(look: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not look():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)

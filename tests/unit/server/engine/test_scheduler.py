@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from motet.server.engine.types import (
+    MOST_WANTED,
     FinishReason,
     GenerationId,
     SpanResult,
 )
-from tests.support.fake_runner import logprobs_at
+from tests.support.fake_memory import FakeMemory
+from tests.support.fake_runner import logprobs_at, version_of
 from tests.unit.server.engine.steps import commit, generation, scheduler, spans, step
 
 
@@ -228,3 +230,63 @@ def test_a_generation_that_never_fits_is_a_bug_of_the_caller() -> None:
     s.add(generation(0, [1], max_tokens=7))
     with pytest.raises(AssertionError):
         s.add(generation(1, [1], max_tokens=8))
+
+
+# ------------------------------------------------------------------------------------------- adapters not on the device
+
+
+def test_one_whose_adapter_is_not_there_is_passed_over() -> None:
+    memory = FakeMemory()
+    memory.absent.add(version_of("cold"))
+    waiting = scheduler(memory=memory)
+    for id, adapter in enumerate(["cold", "warm", None]):
+        waiting.add(generation(id, [1, 2], adapter=adapter))
+    assert step(waiting) == [(2, 0, 2), (1, 0, 2)]
+    assert memory.wanted == [version_of("cold")]
+    memory.absent.clear()
+    assert step(waiting)[-1] == (1, 2, 1)
+    assert (waiting.waiting, memory.wanted) == (0, [])
+    assert sorted(lease.version.name for lease in memory.held) == ["cold", "warm"]
+
+
+def test_the_queue_is_wanted_in_its_order_and_no_more_than_so_many() -> None:
+    memory = FakeMemory()
+    waiting = scheduler(generations=1, memory=memory)
+    waiting.add(generation(0, [1]))
+    for id in range(1, MOST_WANTED + 5):
+        waiting.add(generation(id, [1], adapter=f"a{id}"))
+    step(waiting)
+    assert memory.wanted == [version_of(f"a{id}") for id in range(1, MOST_WANTED + 1)]
+
+
+def test_generations_of_the_base_never_touch_the_memory() -> None:
+    memory = FakeMemory()
+    base = scheduler(generations=1, memory=memory)
+    base.add(generation(0, [1], max_tokens=1))
+    base.add(generation(1, [1], max_tokens=1))
+    step(base)
+    step(base)
+    assert (base.running, base.waiting, memory.wants) == (0, 0, 0)
+
+
+def test_one_whose_adapter_cannot_be_brought_is_dropped_with_the_reason() -> None:
+    memory = FakeMemory()
+    memory.absent.add(version_of("gone"))
+    memory.failures[version_of("gone")] = "its source changed"
+    waiting = scheduler(memory=memory)
+    waiting.add(generation(0, [1], adapter="gone"))
+    waiting.add(generation(1, [1], adapter="there"))
+    assert step(waiting) == [(1, 0, 1)]
+    assert [(one.id, why) for one, why in waiting.take_failed()] == [(0, "its source changed")]
+    assert (waiting.take_failed(), waiting.waiting) == ([], 0)
+
+
+def test_what_cannot_run_for_lack_of_blocks_holds_nothing() -> None:
+    memory = FakeMemory()
+    full = scheduler(blocks=4, memory=memory)
+    full.add(generation(0, [1] * 12, max_tokens=4, adapter="a"))
+    full.add(generation(1, [1] * 8, adapter="b"))
+    step(full)
+    assert [lease.version.name for lease in memory.held] == ["a"]
+    full.drain()
+    assert not memory.held
