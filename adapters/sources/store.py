@@ -125,16 +125,18 @@ class Store:
                 stage.granted_bytes = _size(place)
                 with self._lock:
                     self._active[key] = stage
-                    self._kept_bytes = sum(
-                        _size(found) for found in self._everything() if found.name not in self._active
-                    )
+                    self._count()
             try:
                 yield stage
             finally:
-                with self._lock:
+                with disk_errors(), self._lock:
                     del self._active[key]
-                with contextlib.suppress(OSError):
-                    os.utime(place)
+                    if any(found.is_file() for found in place.rglob("*")):
+                        os.utime(place)
+                    else:
+                        shutil.rmtree(place, ignore_errors=True)
+                        place.with_suffix(".lock").unlink(missing_ok=True)
+                    self._count()
 
     def keep(self, stage: Staging, *keys: str) -> Path:
         """Make a download an adapter, held until `release`; under each key it is found again.
@@ -148,6 +150,8 @@ class Store:
             folder.parent.mkdir(exist_ok=True)
             with self._lock:
                 self._hold(folder)
+            if folder.is_dir() and content_digest(folder) != digest:
+                _remove(folder)
             with contextlib.suppress(OSError):  # another download brought the same
                 os.rename(stage.files, folder)
             shutil.rmtree(stage.files.parent, ignore_errors=True)
@@ -182,6 +186,10 @@ class Store:
             if found.is_dir()
         ]
 
+    def _count(self) -> None:
+        """Look at what there is beside active downloads."""
+        self._kept_bytes = sum(_size(found) for found in self._everything() if found.name not in self._active)
+
     def _grant(self, stage: Staging, size: int) -> None:
         """Count bytes that are about to be written, making room for them.
 
@@ -208,13 +216,12 @@ class Store:
             ) from error
         try:
             found = sorted(self._everything(), key=lambda folder: folder.stat().st_mtime_ns)
-            self._kept_bytes = sum(_size(folder) for folder in found if folder.name not in self._active)
             for folder in found:
                 if self._total() + size <= self._budget_bytes:
                     return
                 if not self._protected(folder):
-                    self._kept_bytes -= _size(folder)
-                    _remove(folder)
+                    self._drop(folder)
+                    self._count()
             if self._total() + size > self._budget_bytes:
                 raise StoreFullError(
                     f"the download folder holds {self._total():,} bytes that are in use, and {size:,} more exceed "
@@ -222,6 +229,19 @@ class Store:
                 )
         finally:
             fcntl.flock(self._shared, fcntl.LOCK_SH)
+
+    @staticmethod
+    def _drop(folder: Path) -> None:
+        """Remove an adapter, or what there is of one that nobody is about to go on with."""
+        if folder.parent.name == "contents":
+            _remove(folder)
+            return
+        lock = folder.with_suffix(".lock")
+        handle = _lock(lock)
+        if handle is not None:
+            _remove(folder)
+            lock.unlink(missing_ok=True)
+            os.close(handle)
 
 
 def content_digest(folder: Path) -> str:
@@ -254,15 +274,26 @@ def _remove(folder: Path) -> None:
 def _locked(file: Path, deadline: Deadline) -> Iterator[None]:
     """One at a time, of all threads and processes."""
     with disk_errors():
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = _lock(file)
+    while handle is None:
+        deadline.left_s()
+        time.sleep(POLL_S)
+        with disk_errors():
+            handle = _lock(file)
     try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                deadline.left_s()
-                time.sleep(POLL_S)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(file: Path) -> int | None:
+    """A handle that has the lock; None while somebody else has it, or its last owner removed the file meanwhile."""
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(file)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None

@@ -25,6 +25,8 @@ from motet.server.api.errors import ApiError, from_adapter_error
 MOST_LOADING = 64
 """Names that may be loading or waiting for it; a request for one more is answered 503."""
 MOST_REMEMBERED = 1024
+TURNS = max(1, PUBLISHES - 1)
+"""Loads at once: a place is left for administrators."""
 REMEMBERED_S = 30.0
 """How long a name that could not be loaded is not tried again."""
 RETRY_S = 5
@@ -66,7 +68,7 @@ class Autoload:
     ) -> None:
         self._template, self._load, self._known, self._wait_s = template, load, known, wait_s
         self._remembered_s = remembered_s
-        self._turns = asyncio.Semaphore(PUBLISHES)
+        self._turns = asyncio.Semaphore(TURNS)
         self._loading: dict[str, asyncio.Task[AdapterError | None]] = {}
         self._failed: OrderedDict[str, tuple[float, AdapterError]] = OrderedDict()
 

@@ -96,6 +96,16 @@ def test_downloads_at_the_same_time_share_the_budget(tmp_path: Path) -> None:
                 other.take(1)
 
 
+def test_what_one_download_left_counts_for_another(tmp_path: Path) -> None:
+    published: list[Path] = []
+    store = Store(tmp_path, 10 * KB, lambda: published)
+    with store.staging("a", Deadline(10), resume_files=True) as one:
+        published.append(put(store, "b", 6 * KB))
+        one.take(4 * KB)
+        with pytest.raises(StoreFullError):
+            one.take(1)
+
+
 def test_an_adapter_that_was_damaged_is_not_found(tmp_path: Path) -> None:
     store = Store(tmp_path, 100 * KB)
     folder = put(store, "a", KB)
@@ -104,6 +114,24 @@ def test_an_adapter_that_was_damaged_is_not_found(tmp_path: Path) -> None:
     assert not folder.exists()
     assert put(store, "a", KB) == folder
     assert found(store, "a")
+
+
+def test_an_adapter_that_was_damaged_is_replaced_by_what_arrives(tmp_path: Path) -> None:
+    store = Store(tmp_path, 100 * KB)
+    folder = put(store, "a", KB)
+    (folder / "adapter_model.safetensors").write_bytes(b"b" * KB)
+    assert put(store, "a2", KB) == folder
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"a" * KB
+
+
+def test_what_brings_nothing_leaves_nothing(tmp_path: Path) -> None:
+    """Else a client that asks for names at random would fill the disk with them."""
+    store = Store(tmp_path, 100 * KB)
+    for key in "abc":
+        with store.staging(key, Deadline(10), resume_files=True):
+            pass
+    put(store, "d", KB)
+    assert list((tmp_path / "partial").iterdir()) == []
 
 
 def test_one_download_of_a_kind_at_a_time(tmp_path: Path) -> None:
