@@ -53,7 +53,7 @@ class Resident:
     failure: tuple[str, float] | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Lease:
     """The right to compute with one version until it is released."""
 

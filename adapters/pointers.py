@@ -60,6 +60,8 @@ class Pointers:
         self._failed: dict[str, str] = {}
         self._retired: list[Resident] = []
         """Versions that no name points to and that still have leases."""
+        self.swaps = 0
+        """How often a name moved from one version to another."""
 
     def take(self, asked: str) -> Lease:
         """A lease on what is asked for: a name, or `name@digest`; a name of that spelling wins.
@@ -93,6 +95,7 @@ class Pointers:
             self._entries[name] = entry
             self._failed.pop(name, None)
             self._retired += [] if old is None else [old.resident]
+            self.swaps += old is not None and old.resident.version != entry.resident.version
         return self._retire(old)
 
     def drop(self, name: str) -> Resident | None:

@@ -72,7 +72,7 @@ class Registry:
         self._publishing = Publishing(
             base, self.tiers, self.leases, self.derived, cache, check, score, resolve or folders(())
         )
-        self._pointers = Pointers(self.leases, self.tiers.bytes_of)
+        self.pointers = Pointers(self.leases, self.tiers.bytes_of)
         self._lock = threading.Lock()
         self._changing: dict[str, bool] = {}
         """Name → whether a version is being prepared for it."""
@@ -139,10 +139,10 @@ class Registry:
                 check_name(named.name, self.base.name)
                 prepared = self._publishing.prepare(named.name, current.origin, current.digest, named.pinned)
             except AdapterError as error:
-                self._pointers.fail(named.name, str(error))
+                self.pointers.fail(named.name, str(error))
                 continue
             entry = Entry(prepared.resident, prepared.receipt, current.origin, current.published_s, named.quota)
-            self._pointers.move(named.name, entry)
+            self.pointers.move(named.name, entry)
 
     def unload(self, name: str, terms: Terms = NO_TERMS) -> AdapterVersion:
         """Take the name away, and what it meant before; each version is freed when its last lease ends.
@@ -156,7 +156,7 @@ class Registry:
             KNOWN.require(name, named)
             assert named is not None
             self.catalogue.remove(act)
-            self._unpin(self._pointers.drop(name))
+            self._unpin(self.pointers.drop(name))
             return AdapterVersion(name, named.current.digest)
 
     def examine(self, folder: Path, declared: Declared = NOTHING_DECLARED) -> tuple[Lowered, Receipt]:
@@ -176,7 +176,7 @@ class Registry:
             SourceChangedError: the source holds something else by now.
             AdapterError: the source can no longer be read.
         """
-        entry = self._pointers.entry(name)
+        entry = self.pointers.entry(name)
         version = entry.resident.version
         return version, self._publishing.lowered(version, entry.origin)
 
@@ -199,7 +199,7 @@ class Registry:
             AdapterNotFoundError: the name is not published, or means another version.
             AdapterFailedError: the name could not be restored.
         """
-        return self._pointers.take(name)
+        return self.pointers.take(name)
 
     def renew(self, lease: Lease) -> Lease:
         """Another lease on the same version, for another generation of the same request."""
@@ -207,11 +207,11 @@ class Registry:
 
     def release(self, lease: Lease) -> None:
         """End a lease; each lease ends exactly once."""
-        self._pointers.release(lease)
+        self.pointers.release(lease)
 
     def published(self) -> list[AdapterInfo]:
         """All published adapters, by name."""
-        return [entry.info for entry in self._pointers.every()]
+        return [entry.info for entry in self.pointers.every()]
 
     def get(self, name: str) -> AdapterInfo:
         """One published adapter.
@@ -220,15 +220,15 @@ class Registry:
             AdapterNotFoundError: the name is not published.
             AdapterFailedError: the name could not be restored.
         """
-        return self._pointers.entry(name).info
+        return self.pointers.entry(name).info
 
     def standings(self) -> list[Standing]:
         """Every name of which there is something to say, in order. Reads the catalogue."""
         known = {named.name: named for named in self.catalogue.names()}
         with self._lock:
             changing = set(self._changing)
-        names = sorted({*known, *changing, *self._pointers.draining()})
-        found = [self._pointers.standing(name, known.get(name), name in changing) for name in names]
+        names = sorted({*known, *changing, *self.pointers.draining()})
+        found = [self.pointers.standing(name, known.get(name), name in changing) for name in names]
         return [one for one in found if one is not None]
 
     def standing(self, name: str) -> Standing:
@@ -240,14 +240,14 @@ class Registry:
         named = self.catalogue.find(name)
         with self._lock:
             changing = name in self._changing
-        found = self._pointers.standing(name, named, changing)
+        found = self.pointers.standing(name, named, changing)
         if found is None:
             raise unknown(name)
         return found
 
     def draining(self, name: str) -> int:
         """How many leases there are on versions that the name meant before."""
-        return self._pointers.leases_before(name)
+        return self.pointers.leases_before(name)
 
     @contextlib.contextmanager
     def _change(self, act: Act, condition: Condition, prepares: bool) -> Iterator[Named | None]:
@@ -282,7 +282,7 @@ class Registry:
             self.leases.retire(resident)
             raise
         entry = Entry(resident, prepared.receipt, prepared.origin, at_s, quota)
-        self._unpin(self._pointers.move(act.name, entry))
+        self._unpin(self.pointers.move(act.name, entry))
         if terms.preload:
             self.tiers.preload(resident)
         return entry.info

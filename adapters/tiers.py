@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -57,6 +58,7 @@ class Tiers:
         self._preloads: OrderedDict[Resident, None] = OrderedDict()
         self._blocked: tuple[Resident, float] | None = None
         self._stuck = False
+        self._impossible: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
         self._stopping = False
 
     def listen(self, wake: Callable[[], None]) -> None:
@@ -76,7 +78,18 @@ class Tiers:
         """Keep all of these versions on the device until let_go; False, and nothing held, while one is not there."""
         residents = _residents(leases)
         with self._changed:
-            return self._device.hold(residents)
+            if self._device.hold(residents):
+                return True
+            needed = sum(one.device_bytes for one in {*residents, *(one for one in self._again if one.pinned)})
+            if needed > self.residency.budget_bytes:
+                names = " + ".join(one.version.name for one in residents)
+                why = (
+                    f"adapters {names!r} do not fit on the device together: with those that are pinned they need "
+                    f"{needed:,} bytes, and adapter memory has {self.residency.budget_bytes:,}; use fewer at once, or "
+                    "raise --adapter-memory"
+                )
+                self._impossible.update(dict.fromkeys(leases, why))
+            return False
 
     def let_go(self, leases: Sequence[object]) -> None:
         """End what one successful `hold` of the same leases began."""
@@ -103,7 +116,7 @@ class Tiers:
             if resident.failure is not None and time.monotonic() - resident.failure[1] > RETRY_S:
                 resident.failure = None
                 self._tell()
-            return None if resident.failure is None else resident.failure[0]
+            return self._impossible.get(lease) if resident.failure is None else resident.failure[0]
 
     # ------------------------------------------------------------------------------------ what the registry calls
 
@@ -186,6 +199,11 @@ class Tiers:
     def bytes_of(self, resident: Resident) -> Mapping[str, int]:
         """What a version takes now, by tier."""
         return {"device": 0 if resident.slot is None else resident.device_bytes, **self._supply.bytes_of(resident)}
+
+    def residents(self) -> list[Resident]:
+        """Every version that exists."""
+        with self._changed:
+            return list(self._again)
 
     @property
     def evictions(self) -> Mapping[tuple[str, str], int]:

@@ -61,9 +61,25 @@ class ServeConfig:
         None, "Source of adapters that requests name and nobody has loaded, with {name} in it; without it they are 404."
     )
     autoload_wait: float = _option(60.0, "Seconds that a request waits for such an adapter before it is answered 503.")
-    api_key_file: str | None = _option(None, "File with one inference key per line; without keys inference is open.")
+    api_key_file: str | None = _option(
+        None, "File of inference keys, a line each: KEY [label=NAME] [adapters=PATTERN,...]; without keys it is open."
+    )
     admin_key_file: str | None = _option(
-        None, "File with one admin key per line; without one administration is closed."
+        None, "File of admin keys, a line each: KEY [label=NAME]; without one administration is closed."
+    )
+    adapter_quota: tuple[str, ...] = _option(
+        (),
+        "NAME=[requests:N][,tokens:N][,weight:W] a minute, of an adapter, the base or * for each other; repeatable.",
+    )
+    key_quota: tuple[str, ...] = _option(
+        (), "LABEL=[requests:N][,tokens:N] a minute, of a key or * for each other; repeatable."
+    )
+    policy: str = _option("fair", "Whose turn is next: shares of adapters, or by arrival.", ("fair", "fcfs"))
+    cors_origin: tuple[str, ...] = _option((), "Origin whose pages may ask from a browser; repeatable.")
+    max_body: str = _option("16MiB", "Most bytes of a request's body.")
+    body_timeout: float = _option(30.0, "Seconds a request's body may take to arrive.")
+    request_timeout: float | None = _option(
+        None, "Seconds a request may take; X-Request-Timeout-S may ask for fewer, and without this for any number."
     )
     adapter_memory: str = _option("auto", "Bytes for resident adapters, such as 2GiB.")
     host_memory: str = _option(

@@ -7,14 +7,13 @@ the same values.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from motet.server.adapter_metrics import LATENCY_BUCKETS_S, AdapterMetrics
 from motet.server.engine.engine import EngineState
-
-LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
@@ -23,7 +22,8 @@ class Metrics:
     Args:
         engine_state: the engine's latest picture.
         adapter_bytes: (used, budget) of the adapter memory.
-        adapters: names of the resident adapters.
+        adapters: names of the adapters on the device.
+        served: names that may have series of their own; none where there are none.
     """
 
     def __init__(
@@ -31,10 +31,13 @@ class Metrics:
         engine_state: Callable[[], EngineState],
         adapter_bytes: Callable[[], tuple[int, int]],
         adapters: Callable[[], list[str]],
+        served: Callable[[], Container[str]] = lambda: (),
     ) -> None:
         self._engine_state, self._adapter_bytes, self._adapters = engine_state, adapter_bytes, adapters
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        self.by_adapter = AdapterMetrics(served)
+        self.registry.register(self.by_adapter)
         self.requests = self._counter("motet_requests", "Finished requests by how they ended.", ["outcome"])
         self.prompt_tokens = self._counter("motet_prompt_tokens", "Prompt tokens of finished requests.")
         self.cached_tokens = self._counter("motet_cached_prompt_tokens", "Prompt tokens the prefix cache spared.")
@@ -61,10 +64,10 @@ class Metrics:
         yield from _gauges("Adapter memory in use.", used, "motet_adapter_memory_bytes")
         yield from _gauges("Adapter memory there is.", budget, "motet_adapter_memory_budget_bytes")
         resident = self._adapters()
-        yield from _gauges("Resident adapters.", len(resident), "motet_adapters_resident")
+        yield from _gauges("Adapters on the device.", len(resident), "motet_adapters_resident")
         lora = GaugeMetricFamily(
             "vllm:lora_requests_info",
-            "Resident and waited-for adapters; the value is the time.",
+            "Adapters on the device, and those that are waited for; the value is the time.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         lora.add_metric([str(len(resident)), _joined(resident), _joined(sorted(state.waiting_adapters))], time.time())

@@ -27,27 +27,32 @@ from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
-from motet.server.api.app import create_app
+from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
+from motet.server.api.keys import Keys
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
 from motet.server.api.publishing import autoloading
+from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
-from motet.server.api.service import Keys, Service
+from motet.server.api.service import Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
-from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes, read_keys
+from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
+from motet.server.engine.policy import Fair, Fcfs
 from motet.server.engine.scheduler import Scheduler
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease
 from motet.server.first import open_catalogue, publish_first, require_possible
-from motet.server.metrics import Metrics
+from motet.server.guards import keys_of, limits_of, quotas_of
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
+from motet.server.slow_headers import PatientProtocol
 from motet.server.sourcing import OpenSources, open_sources, user_cache
+from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
@@ -72,6 +77,7 @@ class Assembled:
         adapters: to load once the engine runs.
         threads: processors that a step may compute on.
         report: takes the stages that are still to come.
+        quotas: of adapters, and of keys.
     """
 
     loaded: Loaded
@@ -84,6 +90,8 @@ class Assembled:
     sources: OpenSources
     threads: int
     report: Report
+    limits: RequestLimits
+    quotas: tuple[Quotas, Quotas]
 
 
 def choose_device(asked: str) -> torch.device:
@@ -129,10 +137,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     Raises:
         OptionError, ModelError, AdapterError: something the options name cannot be served.
     """
-    keys = Keys(
-        inference=read_keys("api-key-file", config.api_key_file, "MOTET_API_KEY"),
-        admin=read_keys("admin-key-file", config.admin_key_file, "MOTET_ADMIN_KEY"),
-    )
+    keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
     require_possible(config, adapters)
     cache, sources = _adapter_cache(config), open_sources(config)
@@ -146,7 +151,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(_host_budget(config))
     tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
-    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, sources, threads, report)
+    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, sources, threads, report, limits, quotas)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
@@ -201,15 +206,18 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
     async with opened(config, assembled) as service:
         await asyncio.to_thread(publish_first, service.registry, assembled.adapters, assembled.report)
         settings = uvicorn.Config(
-            create_app(service),
+            create_app(service, assembled.limits),
             config.host,
             config.port,
             log_level=config.log_level,
             access_log=False,
             lifespan="off",
+            http=PatientProtocol,
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
         names = [info.version.name for info in service.registry.published()]
+        for info in service.registry.published():
+            service.apply_quota(info)
         await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
 
@@ -239,7 +247,9 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     """Join engine and adapters; must run in the event loop that will serve."""
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
-    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers)
+    adapter_quotas, key_quotas = assembled.quotas
+    policy = Fair(adapter_quotas.weight) if config.policy == "fair" else Fcfs()
+    scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:
         assert isinstance(lease, Lease)
@@ -266,13 +276,11 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
         streams=streams,
         merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
-        metrics=Metrics(
-            engine_state=lambda: engine.state,
-            adapter_bytes=lambda: (residency.used_bytes, residency.budget_bytes),
-            adapters=lambda: [info.version.name for info in registry.published()],
-        ),
+        metrics=everything(lambda: engine.state, assembled.tiers, registry, steps.info.name),
         keys=assembled.keys,
         max_waiting=config.max_waiting,
+        adapter_quotas=adapter_quotas,
+        key_quotas=key_quotas,
     )
     if sources.autoload is not None:
         service.autoload = autoloading(service, sources.autoload, config.autoload_wait)

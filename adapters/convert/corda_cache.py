@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from motet.adapters.convert.folder import new_folder, require_new
-from motet.adapters.errors import MissingTensorError, ShapeError, UnsafeFormatError
+from motet.adapters.convert.plain_pickle import read_pickled_tensors
+from motet.adapters.errors import MissingTensorError, ShapeError
 from motet.adapters.methods.peft_config import parse
 from motet.adapters.methods.residual import METHOD_KEYS
 from motet.adapters.methods.tensors import PREFIX, TensorBag
@@ -37,12 +38,7 @@ def corda_cache(cache_file: Path, adapter_folder: Path, out_folder: Path) -> Non
     """
     files = read(adapter_folder)
     config = parse(files.config, METHOD_KEYS, stem="corda")
-    try:
-        cache = torch.load(cache_file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what the damage happens to cause
-        raise UnsafeFormatError(f"{cache_file.name} is not a plain dictionary of tensors: {error}") from error
-    if not isinstance(cache, dict) or not all(isinstance(value, torch.Tensor) for value in cache.values()):
-        raise UnsafeFormatError(f"{cache_file.name} is not a plain dictionary of tensors")
+    cache = read_pickled_tensors(cache_file)
     trained = TensorBag(files.tensors)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(trained.modules_with(".lora_A.weight")):

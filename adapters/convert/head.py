@@ -8,7 +8,6 @@ Source: the state dicts of vbll 0.4.9 (`vbll/layers/classification.py`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 
 from motet.adapters.bounded import DEFAULT_LIMITS, parse_tensors, read_file
-from motet.adapters.errors import ConfigError, NonFiniteError, UnsafeFormatError, UnsupportedError, listed
+from motet.adapters.convert.plain_pickle import read_pickled_tensors
+from motet.adapters.errors import ConfigError, NonFiniteError, UnsupportedError, listed
 from motet.adapters.heads import HeadFile, Parameterization, write
 
 NOT_SERVED: Mapping[str, tuple[str, str]] = {
@@ -79,17 +79,7 @@ def vbll_head(
 def _read(file: Path) -> Mapping[str, torch.Tensor]:
     if file.suffix == ".safetensors":
         return parse_tensors(file.name, read_file(file.parent, file.name, DEFAULT_LIMITS.weights_bytes), DEFAULT_LIMITS)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what the damage happens to cause, and advises to run the code
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {named[1]}" if named else f"it cannot be read ({type(error).__name__})"
-        raise UnsafeFormatError(
-            f"{file.name} is no state dict of tensors: {reason}; save state_dict() alone"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UnsafeFormatError(f"{file.name} is no state dict of tensors; save state_dict() alone")
-    return state
+    return read_pickled_tensors(file)
 
 
 def _single(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -34,3 +34,18 @@ def read_plain_pickle(file: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
         raise UnsafeFormatError(f"{file.name} holds a {type(saved).__name__}, not a dictionary of names")
     return saved
+
+
+def read_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """As `read_plain_pickle`, of a dictionary that holds nothing but tensors.
+
+    Raises:
+        UnsafeFormatError: it holds anything else.
+    """
+    saved = read_plain_pickle(file)
+    for name, value in saved.items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsafeFormatError(
+                f"{file.name} holds a {type(value).__name__} at {name!r}, not a tensor; save state_dict() alone"
+            )
+    return saved

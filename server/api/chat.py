@@ -18,10 +18,12 @@ from jinja2 import TemplateError
 from motet.server.api import served, uncertainty
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
-from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
+from motet.server.api.job import Choice, Job, Piece, require_known
+from motet.server.api.samplings import Wanted
 from motet.server.api.schemas import ChatBody
 from motet.server.api.service import Service
 from motet.server.api.text import Tokenizer, token_bytes, token_text
+from motet.server.api.visit import visit_of
 from motet.server.api.voice import Voice
 from motet.server.engine.types import TokenLogprobs
 
@@ -41,7 +43,8 @@ def router(service: Service) -> APIRouter:
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        async with service.voice(body) as voice:
+        visit = visit_of(request)
+        async with service.voice(body, visit.caller) as voice:
             wanted = Wanted(
                 max_tokens=limit,
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -49,7 +52,7 @@ def router(service: Service) -> APIRouter:
                     body.uncertainty, request.headers.get(uncertainty.HEADER), voice.head, voice.model, draws=limit != 0
                 ),
             )
-            job = Job(service, voice, body, [prompt_of(voice, body)], wanted)
+            job = Job(service, voice, body, [prompt_of(voice, body)], wanted, visit)
             response = _Chat(voice.tokenizer, body, job)
         if not body.stream:
             return await answer_at_once(request, job, response.whole)

@@ -20,6 +20,7 @@ from motet.server.api.labelling import Labeller, leased
 from motet.server.api.merged import Merged
 from motet.server.api.schemas import ClassifyBody
 from motet.server.api.service import Service
+from motet.server.api.visit import visit_of
 
 MOST_INPUTS = 512
 
@@ -35,19 +36,24 @@ def router(service: Service) -> APIRouter:
         given = inputs_of(body.input, takes)
         if not 1 <= len(given) <= MOST_INPUTS:
             raise bad_request(f"input has {len(given)} {takes}s; 1 to {MOST_INPUTS} are possible", "input")
-        header = request.headers.get(uncertainty.HEADER)
-        if (merged := service.merging.find(body.model)) is not None:
+        header, caller = request.headers.get(uncertainty.HEADER), visit_of(request).caller
+        if (merged := service.known_merge(body.model, caller)) is not None:
             versions = [merged.pool]
             _asked(body, header, None, len(given))
-            rows, tokens = await _by_labels(service, merged, None, body, given)
+            with service.counted(caller, merged.pool.name, merged.pool.digest) as ticket:
+                rows, tokens = await _by_labels(service, merged, None, body, given)
+                ticket.tokens = tokens
         else:
-            async with leased(service, body.model) as labeller:
+            async with leased(service, body.model, caller) as labeller:
                 versions = labeller.versions
-                if labeller.head is not None:
-                    rows, tokens = await _by_head(labeller, labeller.head, body, given, header)
-                else:
+                if labeller.head is None:
                     _asked(body, header, None, len(given))
-                    rows, tokens = await _by_labels(service, None, labeller.lease, body, given)
+                with service.counted(caller, *labeller.counted) as ticket:
+                    if labeller.head is not None:
+                        rows, tokens = await _by_head(labeller, labeller.head, body, given, header)
+                    else:
+                        rows, tokens = await _by_labels(service, None, labeller.lease, body, given)
+                    ticket.tokens = tokens
         response.headers.update(served.header(versions))
         return {
             "object": "list",

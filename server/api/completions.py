@@ -18,10 +18,12 @@ from fastapi.responses import Response
 from motet.server.api import served, uncertainty
 from motet.server.api.answer import answer_at_once, answer_streaming
 from motet.server.api.errors import bad_request
-from motet.server.api.job import Choice, Job, Piece, Wanted, require_known
+from motet.server.api.job import Choice, Job, Piece, require_known
+from motet.server.api.samplings import Wanted
 from motet.server.api.schemas import CompletionBody
 from motet.server.api.service import Service
 from motet.server.api.text import Tokenizer, token_text
+from motet.server.api.visit import visit_of
 from motet.server.api.voice import Voice
 from motet.server.engine.types import TokenLogprobs
 
@@ -37,7 +39,8 @@ def router(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is honoured only where it equals n: answers are not ranked", "best_of")
-        async with service.voice(body) as voice:
+        visit = visit_of(request)
+        async with service.voice(body, visit.caller) as voice:
             prompts = prompts_of(voice, body)
             wanted = Wanted(
                 max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
@@ -52,7 +55,7 @@ def router(service: Service) -> APIRouter:
                     draws=body.max_tokens != 0,
                 ),
             )
-            job = Job(service, voice, body, prompts, wanted)
+            job = Job(service, voice, body, prompts, wanted, visit)
             response = _Completion(voice.tokenizer, body, job)
         if not body.stream:
             return await answer_at_once(request, job, response.whole)

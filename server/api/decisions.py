@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from jinja2 import TemplateError
 
 from motet.adapters.heads import HeadFile
@@ -24,6 +24,7 @@ from motet.server.api.labelling import Labeller, leased
 from motet.server.api.questions import LETTERS, Option
 from motet.server.api.service import Service
 from motet.server.api.uncertainty import LOGPROB, of_head
+from motet.server.api.visit import visit_of
 
 SAID = ("method", "version", "calibrated", "epistemic", "aleatoric", "total", "abstain", "threshold")
 """What a head says beside OpenAI's fields; there they begin with x_."""
@@ -36,15 +37,20 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/decisions")
-    async def decisions(body: DecisionBody, response: Response) -> dict[str, Any]:
+    async def decisions(body: DecisionBody, request: Request, response: Response) -> dict[str, Any]:
         service.require_open()
         service.require_texts()
         options = [questions.options_of(one, f"questions.{place}") for place, one in enumerate(body.questions)]
-        async with leased(service, body.model) as labeller:
+        caller = visit_of(request).caller
+        async with leased(service, body.model, caller) as labeller:
             head = labeller.head
-            answered = _by_letters(labeller, body, options) if head is None else _by_head(labeller, body, options, head)
-            answers, tokens, cached = await answered
             versions = labeller.versions
+            with service.counted(caller, *labeller.counted) as ticket:
+                answered = (
+                    _by_letters(labeller, body, options) if head is None else _by_head(labeller, body, options, head)
+                )
+                answers, tokens, cached = await answered
+                ticket.tokens = tokens
         usage = {
             "input_tokens": tokens,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},

@@ -14,8 +14,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from motet.adapters import errors as adapter_errors
+from motet.server.api.body_limits import BodyRefusedError
 from motet.server.api.inputs import InputError
 from motet.server.api.scoring import ScoringError
+from motet.server.api.turns import TurnError
 from motet.server.heads.errors import HeadError
 
 
@@ -135,6 +137,10 @@ def install(app: FastAPI) -> None:
     async def _input(request: Request, error: InputError) -> JSONResponse:
         return await _api(request, bad_request(str(error), error.field, "input_refused"))
 
+    @app.exception_handler(TurnError)
+    async def _turn(request: Request, error: TurnError) -> JSONResponse:
+        return await _api(request, ApiError(429, str(error), code="merge_busy", retry_after_s=error.retry_after_s))
+
     @app.exception_handler(ScoringError)
     async def _scoring(request: Request, error: ScoringError) -> JSONResponse:
         return await _api(request, ApiError(500, str(error), code="generation_failed"))
@@ -155,7 +161,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+        code = error.code if isinstance(error, BodyRefusedError) else None
+        return JSONResponse(error_body(error.status_code, str(error.detail), code), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, error: Exception) -> JSONResponse:  # noqa: ARG001 - the traceback goes to the log

@@ -7,38 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from motet.server.api import uses
 from motet.server.api.errors import ApiError, bad_request
 from motet.server.api.inquiry import Inquiry
-from motet.server.api.schemas import MOST_STOPS, GenerationBody
+from motet.server.api.samplings import Wanted, copy_for, sampling_of, stops_of
+from motet.server.api.schemas import GenerationBody
 from motet.server.api.service import Service
 from motet.server.api.text import Detokenizer
-from motet.server.api.uncertainty import Asked
+from motet.server.api.visit import Visit
 from motet.server.api.voice import Voice
-from motet.server.engine.types import FinishReason, Sampling, TokenEvent, TokenLogprobs
+from motet.server.engine.types import FinishReason, TokenEvent, TokenLogprobs
 
 MOST_GENERATIONS = 1024
 """Generations of one request: prompts times answers to each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a request asks for, beyond its prompts and model.
-
-    Attributes:
-        logprobs: most likely tokens to report per drawn token; None reports nothing.
-        prompt_logprobs: the same for the prompt.
-        max_tokens: None fills the context.
-        uncertainty: None says nothing of it.
-    """
-
-    max_tokens: int | None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    uncertainty: Asked | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -82,9 +66,16 @@ class Job:
     """
 
     def __init__(
-        self, service: Service, voice: Voice, body: GenerationBody, prompts: Sequence[Sequence[int]], wanted: Wanted
+        self,
+        service: Service,
+        voice: Voice,
+        body: GenerationBody,
+        prompts: Sequence[Sequence[int]],
+        wanted: Wanted,
+        visit: Visit,
     ) -> None:
         self._service = service
+        self._visit = visit
         self._arrival_s = time.perf_counter()
         copies = body.n or 1
         if len(prompts) * copies > MOST_GENERATIONS:
@@ -94,11 +85,19 @@ class Job:
                 "n",
             )
         placed = [voice.placed(prompt) for prompt in prompts]
-        samplings = [_sampling(service.base.max_length, voice, body, prompt, wanted) for prompt in prompts]
-        stops = _stops(body)
+        samplings = [sampling_of(service.base.max_length, voice, body, prompt, wanted) for prompt in prompts]
+        stops = stops_of(body)
         self.drop_drawn = wanted.max_tokens == 0
         self.inquiry = Inquiry(wanted.uncertainty, service.heads, body.seed)
         self.prompts = prompts
+        most = copies * sum(len(prompt) + one.max_tokens for prompt, one in zip(prompts, samplings, strict=True))
+        self._version = voice.applied[0].lease.version.digest if voice.applied else ""
+        self._series = service.metrics.by_adapter.of(voice.names[0])
+        try:
+            self._admitted = service.admission.enter(visit.caller, voice.names, most, len(prompts) * copies)
+        except ApiError:
+            self._series.finished(self._version, "refused")
+            raise
         # Nothing from here to the submission may refuse the request: nobody would end the stream.
         self.versions = [one.lease.version for one in voice.applied]
         self.system_fingerprint = service.fingerprint(voice.applied)
@@ -123,10 +122,10 @@ class Job:
         self._by_generation = dict(zip(self._stream.generations, self.choices, strict=True))
         # Every generation has its own leases on the versions that the names meant.
         for generation, choice in zip(self._stream.generations, self.choices, strict=True):
-            sampling = _copy_for(samplings[choice.index // copies], choice.index % copies)
+            sampling = copy_for(samplings[choice.index // copies], choice.index % copies)
             applied = uses.renewed(service.registry, voice.applied)
             tokens, given = placed[choice.index // copies]
-            service.engine.submit(generation, tokens, sampling, applied, given)
+            service.engine.submit(generation, tokens, sampling, applied, given, voice.names[0] if applied else None)
 
     async def __aenter__(self) -> Job:
         return self
@@ -138,7 +137,12 @@ class Job:
         self.inquiry.close()
         finished = all(choice.finish for choice in self.choices)
         failed = kind is not None and issubclass(kind, Exception)  # a cancelled task is none
-        outcome = "failed" if failed else "finished" if finished else "cancelled"
+        outcome = "failed" if failed else "finished" if finished else "deadline" if self._visit.over else "cancelled"
+        ticket = self._admitted[0]
+        ticket.tokens, ticket.generations = self._used(), len(self.choices)
+        self._service.admission.leave(*self._admitted)
+        drawn = sum(len(choice.tokens) for choice in self.choices)
+        self._series.finished(self._version, outcome, prompt=self.prompt_tokens, cached=self.cached_tokens, drawn=drawn)
         self._service.metrics.requests.labels(outcome).inc()
         self._service.metrics.prompt_tokens.inc(self.prompt_tokens)
         self._service.metrics.cached_tokens.inc(self.cached_tokens)
@@ -165,7 +169,7 @@ class Job:
                     return
 
     def _take(self, choice: Choice, event: TokenEvent, token: int) -> Piece:
-        self._time(choice)
+        self._time(choice, event)
         self.inquiry.hear(self._prompt_of(choice), event.feature)
         choice.cached_tokens = event.cached_tokens
         if self.drop_drawn:
@@ -190,18 +194,27 @@ class Job:
         """Find out the uncertainty of choices that are complete, where it was asked for."""
         for choice in choices:
             choice.uncertainty = await self.inquiry.found(self._prompt_of(choice), choice.logprobs)
+            if choice.uncertainty is not None:
+                self._series.uncertainty.observe(choice.uncertainty["score"])
 
     def _prompt_of(self, choice: Choice) -> int:
         return choice.index // (len(self.choices) // len(self.prompts))
 
-    def _time(self, choice: Choice) -> None:
+    def _time(self, choice: Choice, event: TokenEvent) -> None:
         now_s, metrics = time.perf_counter(), self._service.metrics
         metrics.generated_tokens.inc()
         if choice.latest_s is None:
             metrics.first_token.observe(now_s - self._arrival_s)
+            self._series.first_token.observe(now_s - self._arrival_s)
+            self._series.queue.observe(event.queue_s)
         else:
             metrics.between_tokens.observe(now_s - choice.latest_s)
+            self._series.between_tokens.observe(now_s - choice.latest_s)
         choice.latest_s = now_s
+
+    def _used(self) -> int:
+        """Tokens that count against quotas: every copy reads its prompt."""
+        return sum(len(choice.prompt) + len(choice.tokens) for choice in self.choices)
 
     @property
     def prompt_tokens(self) -> int:
@@ -229,68 +242,3 @@ def require_known(prompt: Sequence[int], voice: Voice, param: str) -> None:
         raise bad_request(
             f"{param} has token {largest}; the tokens of {voice.model} are 0 to {voice.vocabulary - 1}", param
         )
-
-
-def _stops(body: GenerationBody) -> list[str]:
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stops) > MOST_STOPS:
-        raise bad_request(f"stop has {len(stops)} strings; at most {MOST_STOPS} are honoured", "stop")
-    if "" in stops:
-        raise bad_request("stop has an empty string, which would end every answer at once; remove it", "stop")
-    return stops
-
-
-def _sampling(max_length: int, voice: Voice, body: GenerationBody, prompt: Sequence[int], wanted: Wanted) -> Sampling:
-    room = max_length - len(prompt)
-    max_tokens = room if wanted.max_tokens is None else max(1, wanted.max_tokens)
-    if room < 1 or max_tokens > room:
-        raise bad_request(
-            f"the prompt has {len(prompt)} tokens and max_tokens is {wanted.max_tokens}; together at most "
-            f"{max_length} are possible: shorten the prompt or lower max_tokens",
-            "max_tokens" if room >= 1 else "prompt",
-            "context_length_exceeded",
-        )
-    if body.min_tokens > max_tokens:
-        raise bad_request(f"min_tokens {body.min_tokens} exceeds max_tokens {max_tokens}", "min_tokens")
-    stop_tokens = frozenset(body.stop_token_ids or ())
-    if stop_tokens and (largest := max(stop_tokens)) >= voice.vocabulary:
-        raise bad_request(
-            f"stop_token_ids has token {largest}; the tokens of {voice.model} are 0 to {voice.vocabulary - 1}",
-            "stop_token_ids",
-        )
-    return Sampling(
-        max_tokens=max_tokens,
-        min_tokens=body.min_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k if body.top_k and body.top_k > 0 else None,
-        min_p=body.min_p or 0.0,
-        seed=body.seed,
-        stop_token_ids=stop_tokens if body.ignore_eos else stop_tokens | voice.end_tokens,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        logit_bias=_logit_bias(body, voice.vocabulary),
-        top_logprobs=wanted.logprobs,
-        prompt_logprobs=wanted.prompt_logprobs,
-        spread=wanted.uncertainty is not None and wanted.uncertainty.spread,
-        feature=wanted.uncertainty is not None and wanted.uncertainty.head is not None,
-    )
-
-
-def _copy_for(sampling: Sampling, copy: int) -> Sampling:
-    """The n answers to one seeded prompt are drawn with seed, seed + 1, …"""
-    if sampling.seed is None or copy == 0:
-        return sampling
-    return replace(sampling, seed=sampling.seed + copy)
-
-
-def _logit_bias(body: GenerationBody, vocabulary: int) -> tuple[tuple[int, float], ...]:
-    biases: list[tuple[int, float]] = []
-    for key, bias in (body.logit_bias or {}).items():
-        if not key.isascii() or not key.isdigit() or int(key) >= vocabulary:
-            raise bad_request(f"logit_bias names token {key!r}; tokens are 0 to {vocabulary - 1}", "logit_bias")
-        if not -100 <= bias <= 100:
-            raise bad_request(f"logit_bias of token {key} is {bias}; the range is -100 to 100", "logit_bias")
-        biases.append((int(key), bias))
-    return tuple(biases)

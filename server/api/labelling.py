@@ -19,6 +19,7 @@ from motet.adapters.version import AdapterVersion
 from motet.server.api import uses
 from motet.server.api.heads import Asking
 from motet.server.api.inputs import Prompt
+from motet.server.api.keys import Caller
 from motet.server.api.schemas import MOST_SEED
 from motet.server.api.scoring import FEATURE, Question
 from motet.server.api.service import Service
@@ -45,6 +46,13 @@ class Labeller:
     def versions(self) -> list[AdapterVersion]:
         """The adapter's, or none."""
         return [] if self.lease is None else [self.lease.version]
+
+    @property
+    def counted(self) -> tuple[str, str]:
+        """Name and version that its work is counted to; the base has no version."""
+        if self.lease is None:
+            return self.service.base.name, ""
+        return self.lease.version.name, self.lease.version.digest
 
     @property
     def head(self) -> HeadFile | None:
@@ -141,14 +149,14 @@ class Labeller:
 
 
 @contextlib.asynccontextmanager
-async def leased(service: Service, model: str) -> AsyncIterator[Labeller]:
+async def leased(service: Service, model: str, caller: Caller) -> AsyncIterator[Labeller]:
     """What the name means now, until the block is left.
 
     Raises:
         ApiError: there is no such model.
     """
-    await service.prepare(model)
-    lease = service.resolve(model)
+    await service.prepare(caller, model)
+    lease = service.resolve(model, caller)
     try:
         yield Labeller(service, lease)
     finally:

@@ -9,6 +9,7 @@ from motet.adapters.errors import GateError
 from motet.server.api.base_info import Modality
 from motet.server.api.given import example_of
 from motet.server.api.inputs import InputError
+from motet.server.api.keys import Caller
 from motet.server.api.merged import Ask, Merged
 from motet.server.api.merging import Merging
 from motet.server.api.schemas import MergeBody
@@ -33,7 +34,7 @@ def ask_of(body: MergeBody, takes: Modality) -> Ask:
     return Ask(support, weights=weights, trim=body.trim)
 
 
-async def inline(merging: Merging, pool: str, body: MergeBody) -> Merged:
+async def inline(merging: Merging, pool: str, body: MergeBody, caller: Caller) -> Merged:
     """The merge of a request that brings its support along.
 
     Raises:
@@ -42,7 +43,7 @@ async def inline(merging: Merging, pool: str, body: MergeBody) -> Merged:
         ScoringError: a step failed.
     """
     try:
-        return await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s)
+        return await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s, caller)
     except GateError as error:
         field = error.field if error.field == "model" else f"merge.{error.field}"
         raise GateError(field, str(error)) from error

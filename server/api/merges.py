@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from motet.adapters.errors import AdapterNotFoundError
@@ -16,6 +16,7 @@ from motet.server.api.merge_asks import ask_of
 from motet.server.api.merged import Merged
 from motet.server.api.schemas import MergeBody
 from motet.server.api.service import Service
+from motet.server.api.visit import visit_of
 
 
 def router(service: Service) -> APIRouter:
@@ -23,13 +24,15 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/adapters/{pool:path}/merges")
-    async def make(pool: str, body: MergeBody) -> dict[str, Any]:
+    async def make(pool: str, body: MergeBody, request: Request) -> dict[str, Any]:
         service.require_open()
-        merging = service.merging
-        return _card(await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s))
+        merging, caller = service.merging, visit_of(request).caller
+        with service.counted(caller, pool):
+            return _card(await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s, caller))
 
     @routes.get("/v1/adapters/{pool:path}/merges/{name:path}")
-    async def one(pool: str, name: str) -> dict[str, Any]:
+    async def one(pool: str, name: str, request: Request) -> dict[str, Any]:
+        service.require_visible(pool, visit_of(request).caller)
         return _card(_known(service, pool, name))
 
     return routes
@@ -40,11 +43,13 @@ def oversight(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/adapters/{pool:path}/merges")
-    async def every(pool: str) -> dict[str, Any]:
+    async def every(pool: str, request: Request) -> dict[str, Any]:
+        service.require_visible(pool, visit_of(request).caller)
         return {"object": "list", "data": [_card(merged) for merged in service.merging.of(pool)]}
 
     @routes.delete("/v1/adapters/{pool:path}/merges/{name:path}")
-    async def delete(pool: str, name: str) -> Response:
+    async def delete(pool: str, name: str, request: Request) -> Response:
+        service.require_visible(pool, visit_of(request).caller)
         await service.merging.delete(_known(service, pool, name).name)
         return Response(status_code=204)
 

@@ -26,9 +26,11 @@ from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.server.api import uses
 from motet.server.api.inputs import Inputs, Prompt
+from motet.server.api.keys import ANYONE, Caller
 from motet.server.api.merged import Ask, Merged
 from motet.server.api.scoring import Question, Scorer
 from motet.server.api.trims import Trims
+from motet.server.api.turns import Turns
 from motet.server.engine.types import Applied
 
 MARK = "@merge-"
@@ -52,6 +54,7 @@ class Merging:
     inputs: Inputs
     clock: Callable[[], float] = time.time
     in_flight: int = IN_FLIGHT
+    turns: Turns = field(default_factory=Turns)
     _merges: OrderedDict[str, Merged] = field(default_factory=OrderedDict)
     _running: dict[str, asyncio.Task[Merged]] = field(default_factory=dict)
     _trims: Trims = field(init=False)
@@ -59,7 +62,7 @@ class Merging:
     def __post_init__(self) -> None:
         self._trims = Trims(self.registry)
 
-    async def make(self, pool: str, ask: Ask, lifetime_s: float) -> Merged:
+    async def make(self, pool: str, ask: Ask, lifetime_s: float, caller: Caller = ANYONE) -> Merged:
         """The merge of an ask; made once however often it is asked for, and kept for `lifetime_s` from now on.
 
         Raises:
@@ -68,9 +71,10 @@ class Merging:
             InputError: an example cannot be read.
             ArenaFullError: there is no room for trimmed weights.
             ScoringError: an example does not fit the base model, or its step failed.
+            TurnError: too many merges of the caller are made or wait.
         """
         ask.check()
-        lease = self.registry.acquire(pool)
+        lease = uses.leased(self.registry, pool, caller)
         try:
             if not isinstance(gate := lease.resident.gate, PoolGate):
                 raise GateError("model", f"adapter {pool!r} is no pool; there is nothing to merge")
@@ -80,7 +84,7 @@ class Merging:
                 self._trims.require_possible(gate, ask.trim)
             name = f"{lease.version.name}{MARK}{ask.digest(lease.version)}"
             if (known := self.find(name)) is None:
-                known = await asyncio.shield(self._task(name, lease, gate, ask))
+                known = await asyncio.shield(self._task(name, lease, gate, ask, caller))
         finally:
             self.registry.release(lease)
         latest_s = self._merges.get(name, known).expires_s  # others may have asked for longer meanwhile
@@ -169,10 +173,12 @@ class Merging:
         probabilities_NC = merge.classify(features_ND, merged.prototypes_CD, merged.scale, merged.bias)
         return probabilities_NC, sum(len(prompt.tokens) for prompt in prompts)
 
-    def _task(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> asyncio.Task[Merged]:
+    def _task(self, name: str, lease: Lease, gate: PoolGate, ask: Ask, caller: Caller) -> asyncio.Task[Merged]:
         """The one that makes the merge; it goes on when whoever asked goes away, and so has a lease of its own."""
         if name not in self._running:
-            self._running[name] = asyncio.create_task(self._made(name, self.registry.renew(lease), gate, ask))
+            self.turns.require_place(caller.label)
+            made = self._in_turn(name, self.registry.renew(lease), gate, ask, caller)
+            self._running[name] = asyncio.create_task(made)
             self._running[name].add_done_callback(functools.partial(self._ended, name))
         return self._running[name]
 
@@ -181,27 +187,31 @@ class Merging:
         if not task.cancelled():
             task.exception()  # asyncio complains of one that nobody looked at, as when whoever asked went away
 
-    async def _made(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> Merged:
+    async def _in_turn(self, name: str, lease: Lease, gate: PoolGate, ask: Ask, caller: Caller) -> Merged:
         """Ends the lease."""
         try:
-            word = self.inputs.modality
-            prompts = await self._prompts({f"support.{at}.{word}": given for at, (given, _) in enumerate(ask.support)})
-            numbers = {label: number for number, label in enumerate(ask.labels)}
-            labels_S = torch.tensor([numbers[label] for _, label in ask.support])
-            scores, alpha = None, None
-            if ask.weights is None:
-                scores = await self._scored(lease, gate, ask, prompts, labels_S)
-                alpha = tuple(scores.alpha_P.tolist())
-            elif ask.weights == "uniform":
-                alpha = tuple(merge.uniform(gate.members).tolist())
-            else:
-                assert not isinstance(ask.weights, str), ask.weights
-                alpha = gate.factors(ask.weights)
-            applied = await self._applied(lease, alpha, ask.trim)
-            trimmed = uses.held(applied).resident.trimmed
-            features_SD = await self._under(applied, prompts)
+            async with self.turns.turn(caller.label):
+                return await self._made(name, lease, gate, ask)
         finally:
             self.registry.release(lease)
+
+    async def _made(self, name: str, lease: Lease, gate: PoolGate, ask: Ask) -> Merged:
+        word = self.inputs.modality
+        prompts = await self._prompts({f"support.{at}.{word}": given for at, (given, _) in enumerate(ask.support)})
+        numbers = {label: number for number, label in enumerate(ask.labels)}
+        labels_S = torch.tensor([numbers[label] for _, label in ask.support])
+        scores, alpha = None, None
+        if ask.weights is None:
+            scores = await self._scored(lease, gate, ask, prompts, labels_S)
+            alpha = tuple(scores.alpha_P.tolist())
+        elif ask.weights == "uniform":
+            alpha = tuple(merge.uniform(gate.members).tolist())
+        else:
+            assert not isinstance(ask.weights, str), ask.weights
+            alpha = gate.factors(ask.weights)
+        applied = await self._applied(lease, alpha, ask.trim)
+        trimmed = uses.held(applied).resident.trimmed
+        features_SD = await self._under(applied, prompts)
         prototypes_CD = merge.prototypes(features_SD, labels_S, len(numbers))
         now_s = self.clock()
         return Merged(

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from motet.adapters.standing import AdapterInfo
 from motet.server.api.service import Service
 from motet.server.api.uncertainty import offered
+from motet.server.api.visit import visit_of
 
 
 def router(service: Service) -> APIRouter:
@@ -20,13 +21,18 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        adapters = [_adapter(service, info) for info in service.registry.published()]
+    async def models(request: Request) -> dict[str, Any]:
+        caller = visit_of(request).caller
+        seen = [info for info in service.registry.published() if caller.may_see(info.version.name)]
+        adapters = [_adapter(service, info) for info in seen]
         return {"object": "list", "data": [_base(service), *adapters]}
 
     @routes.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        return _base(service) if name == service.base.name else _adapter(service, service.registry.get(name))
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        if name == service.base.name:
+            return _base(service)
+        service.require_visible(name, visit_of(request).caller)
+        return _adapter(service, service.registry.get(name))
 
     return routes
 

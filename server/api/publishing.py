@@ -33,6 +33,7 @@ async def rollback(service: Service, name: str, to: str | None, terms: Terms) ->
 async def remove(service: Service, name: str, terms: Terms) -> AdapterVersion:
     """As `Registry.unload`, in a thread."""
     version = await asyncio.to_thread(service.registry.unload, name, terms)
+    service.adapter_quotas.set(name, None)
     logger.info("adapter %s is unloaded", version.short)
     return version
 
@@ -53,6 +54,7 @@ async def _load(service: Service, name: str, load: Callable[[], AdapterInfo]) ->
         service.metrics.loads.labels("refused").inc()
         logger.warning("adapter %r was refused: %s", name, error)
         raise
+    service.apply_quota(info)
     service.metrics.loads.labels("loaded").inc()
     logger.info("adapter %s is loaded", info.version.short)
     return info

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from motet.adapters.errors import AdapterFailedError, AdapterNotFoundError, GateError, VersionNotServedError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
+from motet.adapters.pointers import unknown
 from motet.adapters.registry import Registry
+from motet.adapters.standing import AdapterInfo
 from motet.server.api import merge_asks, uses
+from motet.server.api.admission import Admission, Ticket
 from motet.server.api.autoload import Autoload
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
 from motet.server.api.errors import ApiError, from_adapter_error
 from motet.server.api.heads import Heads
+from motet.server.api.keys import Caller, Keys
 from motet.server.api.merged import Merged
 from motet.server.api.merging import MARK, Merging
 from motet.server.api.placeholders import Placeholders
+from motet.server.api.quotas import Quota, Quotas
 from motet.server.api.schemas import GenerationBody
 from motet.server.api.text import Tokenizer
 from motet.server.api.voice import Voice
@@ -37,14 +41,6 @@ FAILURES_UNHEALTHY = 3
 """Failed steps in a row after which the process asks to be restarted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Who may do what. No inference key opens inference; no admin key closes administration."""
-
-    inference: tuple[str, ...] = ()
-    admin: tuple[str, ...] = ()
-
-
 @dataclass(slots=True, eq=False)
 class Service:
     """The running server.
@@ -52,6 +48,8 @@ class Service:
     Attributes:
         tokenizer: None where the base takes no texts.
         max_waiting: generations that may wait; more are answered 429.
+        adapter_quotas, key_quotas: by adapter's or base's name, and by key's label.
+        admission: what goes by them.
         autoload: loads adapters that requests name; None where only administration loads.
         ready: the base is loaded and warm.
         draining: no new requests.
@@ -67,6 +65,9 @@ class Service:
     metrics: Metrics
     keys: Keys
     max_waiting: int
+    adapter_quotas: Quotas = field(default_factory=lambda: Quotas("adapter"))
+    key_quotas: Quotas = field(default_factory=lambda: Quotas("API key"))
+    admission: Admission = field(init=False)
     heads: Heads = field(default_factory=Heads)
     autoload: Autoload | None = None
     ready: bool = False
@@ -74,6 +75,9 @@ class Service:
     _placeholders: weakref.WeakKeyDictionary[InstanceGate, Placeholders] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.engine, self.max_waiting, self.adapter_quotas, self.key_quotas)
 
     @property
     def healthy(self) -> bool:
@@ -92,31 +96,31 @@ class Service:
             return False
         return True
 
-    async def prepare(self, *models: str) -> None:
-        """Have adapters loaded that nobody has loaded, where that is on.
+    async def prepare(self, caller: Caller, *models: str) -> None:
+        """Have adapters loaded that nobody has loaded, where that is on and the caller may see them.
 
         Raises:
             ApiError: one is refused, or takes too long.
         """
         if self.autoload is not None:
-            for model in models:
+            for model in filter(caller.may_see, models):
                 await self.autoload.ensure(model)
 
-    def resolve(self, model: str) -> Lease | None:
+    def resolve(self, model: str, caller: Caller) -> Lease | None:
         """A lease on the adapter of that name, or None for the base.
 
         Raises:
-            ApiError: 404, there is neither; never the base instead.
+            ApiError: 404, there is neither that the caller may see; never the base instead.
         """
         if model == self.base.name:
             return None
         try:
-            return self.registry.acquire(model)
+            return uses.leased(self.registry, model, caller)
         except AdapterNotFoundError as error:
             raise _unknown(model, error) from error
 
     @contextlib.asynccontextmanager
-    async def voice(self, body: GenerationBody) -> AsyncIterator[Voice]:
+    async def voice(self, body: GenerationBody, caller: Caller) -> AsyncIterator[Voice]:
         """What a new request speaks with, until its generations have leases of their own.
 
         Raises:
@@ -126,37 +130,48 @@ class Service:
         self.require_open()
         self.require_texts()
         uses.require_one_way(body, self.base.name)
-        await self.prepare(*([body.model] if body.adapters is None else [part.name for part in body.adapters]))
-        merged = await self._merged(body)
-        applied = await self._applied(body) if merged is None else [await self._of_merge(merged)]
+        await self.prepare(caller, *([body.model] if body.adapters is None else [one.name for one in body.adapters]))
+        merged = await self._merged(body, caller)
+        applied = await self._applied(body, caller) if merged is None else [await self._of_merge(merged)]
         try:
-            yield replace(await self._voice(applied, body), merge=None if merged is None else merged.name)
+            voice = replace(await self._voice(applied, body), merge=None if merged is None else merged.name)
+            yield replace(voice, names=self._names(body, merged, applied))
         finally:
             uses.release(self.registry, applied)
 
-    async def _merged(self, body: GenerationBody) -> Merged | None:
+    def _names(self, body: GenerationBody, merged: Merged | None, applied: list[Applied]) -> tuple[str, ...]:
+        """Of the adapters as they are published."""
+        if body.adapters is not None:
+            return tuple(dict.fromkeys(part.name for part in body.adapters))
+        merged = merged or self.merging.find(body.model)
+        if merged is not None:
+            return (merged.pool.name,)
+        return (applied[0].lease.version.name if applied else self.base.name,)
+
+    async def _merged(self, body: GenerationBody, caller: Caller) -> Merged | None:
         """The merge that the request brings along."""
         if body.merge is None:
             return None
         try:
-            return await merge_asks.inline(self.merging, body.model, body.merge)
+            return await merge_asks.inline(self.merging, body.model, body.merge, caller)
         except AdapterNotFoundError as error:
             raise _unknown(body.model, error) from error
 
-    async def _applied(self, body: GenerationBody) -> list[Applied]:
+    async def _applied(self, body: GenerationBody, caller: Caller) -> list[Applied]:
         if body.adapters is not None:
-            parts = uses.mixed(self.registry, body)
+            parts = uses.mixed(self.registry, body, caller)
             if body.merge_method == "linear":
                 return parts
             try:
-                return [await uses.merged(self.registry, body, parts)]
+                turn = self.merging.turns.turn(caller.label)
+                return [await uses.merged(self.registry, body, parts, turn)]
             finally:
                 uses.release(self.registry, parts)
-        if (known := self.merging.find(body.model)) is not None:
+        if (known := self.known_merge(body.model, caller)) is not None:
             if body.gate is not None:
                 raise GateError("gate", f"merge {body.model!r} has its factors already; remove the field")
             return [await self._of_merge(known)]
-        lease = self.resolve(body.model)
+        lease = self.resolve(body.model, caller)
         if lease is None:
             if body.gate is not None:
                 raise GateError("gate", "the base model has no gate; remove the field")
@@ -166,6 +181,20 @@ class Service:
         except BaseException:
             self.registry.release(lease)
             raise
+
+    def require_visible(self, adapter: str, caller: Caller) -> None:
+        """Refuse as unknown what the caller may not see.
+
+        Raises:
+            AdapterNotFoundError: it does not exist for them.
+        """
+        if not caller.may_see(adapter):
+            raise unknown(adapter)
+
+    def known_merge(self, model: str, caller: Caller) -> Merged | None:
+        """A merge that is remembered, of a pool that the caller may see."""
+        found = self.merging.find(model)
+        return found if found is not None and caller.may_see(found.pool.name) else None
 
     async def _of_merge(self, merged: Merged) -> Applied:
         try:
@@ -204,13 +233,27 @@ class Service:
         if self.draining or not self.ready:
             state = "draining" if self.draining else "starting"
             raise ApiError(503, f"the server is {state}; try again", code=f"server_{state}", retry_after_s=5)
-        if self.engine.state.waiting >= self.max_waiting:
-            raise ApiError(
-                429,
-                f"{self.engine.state.waiting} requests wait already (limit {self.max_waiting}); try again later",
-                code="queue_full",
-                retry_after_s=1,
-            )
+        self.admission.require_room(1)
+
+    def apply_quota(self, info: AdapterInfo) -> None:
+        """From now on an adapter has the quota that it was published with, where it was with one."""
+        self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
+
+    @contextlib.contextmanager
+    def counted(self, caller: Caller, name: str, version: str | None = None) -> Iterator[Ticket]:
+        """Let in a request that is no generation, and count it to an adapter, until the block is left.
+
+        Raises:
+            ApiError: the queue or a quota has no room.
+        """
+        series, outcome = self.metrics.by_adapter.of(name), "refused"
+        try:
+            with self.admission.admitted(caller, [name], tokens=0) as ticket:
+                outcome = "failed"
+                yield ticket
+                outcome = "finished"
+        finally:
+            series.finished(version, outcome, prompt=ticket.tokens if outcome == "finished" else 0)
 
     def require_texts(self) -> None:
         """Refuse what only a base of texts can do."""
@@ -223,27 +266,29 @@ class Service:
                 param="model",
             )
 
-    def require_inference_key(self, authorization: str | None) -> None:
-        """Refuse a request without a valid key, where keys are configured."""
-        allowed = self.keys.inference and (*self.keys.inference, *self.keys.admin)
-        if allowed and not _has_key(authorization, allowed):
+    def require_inference_key(self, authorization: str | None) -> Caller:
+        """Who asks; refuse a request without a valid key, where keys are configured."""
+        caller = self.keys.who(authorization)
+        if caller is None:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return caller
 
-    def require_oversight_key(self, authorization: str | None) -> None:
+    def require_oversight_key(self, authorization: str | None) -> Caller:
         """Refuse to show or end what others made without the admin key; where there is none, as for any request."""
-        if self.keys.admin:
-            self.require_admin_key(authorization)
-        else:
-            self.require_inference_key(authorization)
+        if self.keys.administered:
+            return self.require_admin_key(authorization)
+        return self.require_inference_key(authorization)
 
-    def require_admin_key(self, authorization: str | None) -> None:
+    def require_admin_key(self, authorization: str | None) -> Caller:
         """Refuse an administrative request without the admin key; without a configured key, refuse all."""
-        if not self.keys.admin:
+        if not self.keys.administered:
             raise ApiError(
                 403, "administration is closed: the server was started without an admin key", code="admin_closed"
             )
-        if not _has_key(authorization, self.keys.admin):
+        caller = self.keys.who(authorization)
+        if caller is None or not caller.admin:
             raise ApiError(401, "the admin key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return caller
 
 
 def _unknown(model: str, error: AdapterNotFoundError) -> ApiError:
@@ -251,10 +296,3 @@ def _unknown(model: str, error: AdapterNotFoundError) -> ApiError:
         return from_adapter_error(error, "model")
     known = "it has expired, or its pool changed: merge again" if MARK in model else "GET /v1/models lists what does"
     return ApiError(404, f"model {model!r} does not exist; {known}", code="model_not_found", param="model")
-
-
-def _has_key(authorization: str | None, keys: Sequence[str]) -> bool:
-    """Whether the header carries one of the keys; compares with all of them in constant time."""
-    scheme, _, given = (authorization or "").partition(" ")
-    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
-    return scheme.lower() == "bearer" and any(matches)

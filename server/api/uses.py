@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 from motet.adapters import mixture
@@ -16,9 +17,11 @@ from motet.adapters.errors import AdapterNotFoundError, GateError
 from motet.adapters.gates.instance import UserInput
 from motet.adapters.gates.pool import PoolGate
 from motet.adapters.lease import Lease
+from motet.adapters.pointers import unknown
 from motet.adapters.registry import Registry
 from motet.adapters.version import AdapterVersion, Digest
 from motet.server.api.errors import from_adapter_error
+from motet.server.api.keys import Caller
 from motet.server.api.schemas import GateBody, GenerationBody
 from motet.server.engine.types import Applied
 
@@ -85,7 +88,22 @@ def _of_gate(factors: Callable[[], T]) -> T:
         raise GateError(field, str(error)) from error
 
 
-def mixed(registry: Registry, body: GenerationBody) -> list[Applied]:
+def leased(registry: Registry, name: str, caller: Caller) -> Lease:
+    """A lease on an adapter that the caller may see.
+
+    Raises:
+        AdapterNotFoundError: there is no such adapter for them; what they may not see does not exist.
+    """
+    if not caller.may_ask(name):
+        raise unknown(name)
+    lease = registry.acquire(name)
+    if not caller.may_see(lease.version.name):
+        registry.release(lease)
+        raise unknown(name)
+    return lease
+
+
+def mixed(registry: Registry, body: GenerationBody, caller: Caller) -> list[Applied]:
     """The parts of a linear mixture, each with its weight.
 
     Raises:
@@ -98,7 +116,7 @@ def mixed(registry: Registry, body: GenerationBody) -> list[Applied]:
     try:
         for place, part in enumerate(parts):
             try:
-                lease = registry.acquire(part.name)
+                lease = leased(registry, part.name, caller)
             except AdapterNotFoundError as error:
                 raise from_adapter_error(error, f"adapters.{place}.name") from error
             applied.append(Applied(lease, (float(part.weight),)))
@@ -110,12 +128,18 @@ def mixed(registry: Registry, body: GenerationBody) -> list[Applied]:
     return applied
 
 
-async def merged(registry: Registry, body: GenerationBody, parts: Sequence[Applied]) -> Applied:
+async def merged(
+    registry: Registry, body: GenerationBody, parts: Sequence[Applied], turn: AbstractAsyncContextManager[None]
+) -> Applied:
     """The one adapter that TIES or DARE-TIES makes of the parts; made once for the same versions, weights and options.
+
+    Args:
+        turn: to wait for where it has to be made.
 
     Raises:
         GateError: the adapters cannot be merged so.
         ArenaFullError: the result does not fit.
+        TurnError: too many of the caller's are made or wait.
     """
     assert body.merge_method != "linear"
     method, density, seed = body.merge_method, 0.5 if body.density is None else body.density, body.merge_seed or 0
@@ -128,9 +152,11 @@ async def merged(registry: Registry, body: GenerationBody, parts: Sequence[Appli
         lowered = [registry.lowered_version(version) for version, _ in versions]
         return mixture.merged(lowered, weights, method, density, seed), None
 
-    return Applied(
-        await asyncio.to_thread(registry.derived.acquire, AdapterVersion(f"{method}({name})", Digest(digest)), make)
-    )
+    version = AdapterVersion(f"{method}({name})", Digest(digest))
+    if (known := await asyncio.to_thread(registry.derived.find, version)) is not None:
+        return Applied(known)
+    async with turn:
+        return Applied(await asyncio.to_thread(registry.derived.acquire, version, make))
 
 
 def renewed(registry: Registry, applied: Sequence[Applied]) -> list[Applied]:

@@ -27,6 +27,7 @@ class Voice:
         items: item ids by the names of the request's fields.
         head: of the one adapter, where the request uses it as it is: a head is not trained on mixtures and merges.
         merge: id of the merge that the request brought along.
+        names: of the published adapters that it is made of, or the base's: their quotas count.
     """
 
     applied: Sequence[Applied]
@@ -38,6 +39,7 @@ class Voice:
     items: Mapping[str, Sequence[int] | None] = field(default_factory=dict)
     head: HeadFile | None = None
     merge: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def prompt_vocabulary(self) -> int:

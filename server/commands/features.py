@@ -19,6 +19,7 @@ from motet.server.api import uses
 from motet.server.api.chat import prompt_of
 from motet.server.api.completions import prompts_of
 from motet.server.api.errors import ApiError
+from motet.server.api.keys import ANYONE
 from motet.server.api.schemas import ChatBody, CompletionBody
 from motet.server.api.scoring import Question, Scorer, ScoringError
 from motet.server.api.service import Service
@@ -50,7 +51,7 @@ def features_of(
             service.ready = True
             name = "adapter" if service.base.name != "adapter" else "calibrated"
             await asyncio.to_thread(service.registry.load, name, folder, declared)
-            async with service.voice(CompletionBody(model=name, prompt="")) as voice:
+            async with service.voice(CompletionBody(model=name, prompt=""), ANYONE) as voice:
                 return await _computed(service, voice, name, rows, width, report)
 
     try:

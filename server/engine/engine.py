@@ -79,6 +79,7 @@ class Engine:
         self._prepared = threading.Event()
         self._failure: Exception | None = None
         self._inbox: deque[Generation | GenerationId] = deque()
+        self._posted = 0
         self._wake = threading.Condition()
         self._woken = False
         self._goes_on = False
@@ -105,6 +106,27 @@ class Engine:
         """Whether the step thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def most_running(self) -> int:
+        """Generations that may run at once."""
+        return self._scheduler.limits.generations
+
+    @property
+    def queued(self) -> int:
+        """Generations that were submitted and do not run. May be asked from any thread."""
+        with self._wake:
+            return self._posted + self._scheduler.waiting
+
+    def room(self, most_waiting: int) -> int:
+        """How many more may be submitted so that no more than so many wait. May be asked from any thread.
+
+        Whoever has to wait while others might still run lacks blocks, or its adapter: then nothing else is room.
+        """
+        with self._wake:
+            waiting = self._scheduler.waiting
+            free = 0 if waiting else self.most_running - self._scheduler.running
+            return most_waiting + free - waiting - self._posted
+
     def submit(
         self,
         generation: GenerationId,
@@ -112,10 +134,17 @@ class Engine:
         sampling: Sampling,
         applied: Sequence[Applied] = (),
         given: Mapping[int, GivenInput] | None = None,
+        party: str | None = None,
     ) -> None:
-        """Queue a prompt; from here on the engine owns the leases. May be called from any thread."""
+        """Queue a prompt; from here on the engine owns the leases. May be called from any thread.
+
+        Args:
+            party: whom its service is counted to, where that is not its first adapter's name.
+        """
         assert prompt, "a prompt has at least one token"
-        self._post(Generation(generation, list(prompt), len(prompt), sampling, tuple(applied), given or {}))
+        asked = Generation(generation, list(prompt), len(prompt), sampling, tuple(applied), given or {})
+        asked.submitted_s, asked.counted_to = time.monotonic(), party
+        self._post(asked)
 
     def cancel(self, generation: GenerationId) -> None:
         """End a generation early; does nothing when it has ended. May be called from any thread."""
@@ -130,6 +159,7 @@ class Engine:
     def _post(self, message: Generation | GenerationId) -> None:
         with self._wake:
             self._inbox.append(message)
+            self._posted += isinstance(message, Generation)
             self._wake.notify()
 
     def _loop(self) -> None:
@@ -175,10 +205,13 @@ class Engine:
 
     def _drain_inbox(self) -> None:
         while self._inbox:
-            message = self._inbox.popleft()
-            if isinstance(message, Generation):
-                self._scheduler.add(message)
-            elif (generation := self._scheduler.remove(message)) is not None:
+            with self._wake:
+                message = self._inbox.popleft()
+                if isinstance(message, Generation):
+                    self._posted -= 1
+                    self._scheduler.add(message)
+                    continue
+            if (generation := self._scheduler.remove(message)) is not None:
                 self._finish(generation, FinishReason.CANCELLED)
 
     def _commit(self, plan: Plan, results: Sequence[SpanResult]) -> None:

@@ -1,26 +1,27 @@
 """Decides which rows of which generations a step computes, and what its result means for them.
 
 Must not know: torch, text, HTTP, how adapters work. It owns the generations and the cache blocks; it touches no tensor.
-First come, first served: running generations in order of arrival, then waiting ones. A step has a budget of rows;
-a generation that decodes takes one, a prompt takes a chunk of what is left. When blocks run out, the generation that
-arrived last is preempted: its blocks are released and it waits to be computed again (mostly from the prefix cache).
-One whose adapters are not on the device is passed over until they are.
+Running generations come in the order of their admission, then waiting ones in the order of the policy. A step has a
+budget of rows; a generation that decodes takes one, a prompt takes a chunk of what is left. When blocks run out, the
+generation that the policy puts last is preempted: its blocks are released and it waits to be computed again (mostly
+from the prefix cache). One whose adapters are not on the device is passed over until they are, or it loses patience.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from motet.server.engine.blocks import BlockPool
+from motet.server.engine.holding import Holding
+from motet.server.engine.policy import Fcfs, Policy
+from motet.server.engine.queue import Queue
 from motet.server.engine.types import (
-    MOST_WANTED,
     FinishReason,
     Generation,
     GenerationId,
-    Lease,
     Memory,
     Plan,
     Span,
@@ -45,18 +46,31 @@ class StepLimits:
 class Scheduler:
     """The generations and their order.
 
+    Args:
+        policy: first come, first served where there is none.
+        clock: seconds that only grow.
+
     Note: used by the engine thread only.
     """
 
-    def __init__(self, blocks: BlockPool, limits: StepLimits, memory: Memory) -> None:
-        self._memory = memory
-        self._wanted = False
-        self._failed: list[tuple[Generation, str]] = []
+    def __init__(
+        self,
+        blocks: BlockPool,
+        limits: StepLimits,
+        memory: Memory,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.blocks = blocks
         self.limits = limits
         self.preemptions = 0
-        self._waiting: deque[Generation] = deque()
+        self._policy: Policy = policy or Fcfs()
+        self._clock = clock
+        self._holding = Holding(memory, clock)
+        self._arrivals = itertools.count()
+        self._waiting = Queue(self._policy)
         self._running: list[Generation] = []
+        self._failed: list[tuple[Generation, str]] = []
 
     @property
     def waiting(self) -> int:
@@ -69,12 +83,13 @@ class Scheduler:
     @property
     def waiting_adapters(self) -> frozenset[str]:
         """Names of the adapters that waiting generations want."""
-        return frozenset(one.lease.version.name for generation in self._waiting for one in generation.applied)
+        return self._waiting.adapters
 
     def add(self, generation: Generation) -> None:
         """Queue a new generation, which must fit into the cache when it runs alone."""
         assert self.blocks.blocks_for(generation.prompt_length + generation.sampling.max_tokens) <= self.blocks.size
-        self._waiting.append(generation)
+        generation.arrival = next(self._arrivals)
+        self._waiting.add(generation)
 
     def remove(self, generation_id: GenerationId) -> Generation | None:
         """Drop a generation wherever it is and release its blocks; None when it is unknown or has ended."""
@@ -82,49 +97,65 @@ class Scheduler:
             if generation.id == generation_id:
                 self._stop(generation)
                 return generation
-        for generation in self._waiting:
-            if generation.id == generation_id:
-                self._waiting.remove(generation)
-                return generation
-        return None
+        return self._unqueue(generation_id)
 
     def drain(self) -> list[Generation]:
         """Drop every generation and release its blocks."""
         dropped = [*self._running, *self._waiting]
-        for generation in list(self._running):
-            self._stop(generation)
-        self._waiting.clear()
-        self._want()
+        for generation in dropped:
+            self.remove(generation.id)
+        self._holding.want(())
         return dropped
 
     def plan(self) -> Plan:
         """Choose the rows of the next step; empty when there is nothing to compute."""
         budget = self.limits.rows
-        chosen: list[tuple[Generation, int]] = []
+        chosen: dict[Generation, int] = {}
         preemptions = self.preemptions
         for generation in list(self._running):
             if budget == 0 or generation not in self._running:
                 continue
             count = min(budget, len(generation.tokens) - generation.computed)
-            if self._reserve(generation, count):
-                chosen.append((generation, count))
+            victims = self._reserve(generation, count)
+            budget += sum(chosen.pop(victim, 0) for victim in victims)
+            if generation not in victims:
+                chosen[generation] = count
                 budget -= count
-        for generation in list(self._waiting) if preemptions == self.preemptions else ():
+        for generation in self._candidates() if preemptions == self.preemptions else ():
             if budget == 0 or len(self._running) >= self.limits.generations:
                 break
-            if not self._hold(generation):
+            if not self._holding.hold(generation):
+                self._give_up(generation)
                 continue
             if not self._admit(generation):
-                self._let_go(generation)
+                self._holding.let_go(generation)
                 break
-            self._waiting.remove(generation)
-            self._running.append(generation)
-            count = min(budget, len(generation.tokens) - generation.computed)
-            chosen.append((generation, count))
-            budget -= count
-        self._want()
-        chosen.sort(key=_adapter_order)
-        return Plan(tuple(self._span(generation, count) for generation, count in chosen))
+            chosen[generation] = min(budget, len(generation.tokens) - generation.computed)
+            budget -= chosen[generation]
+        self._holding.want(self._waiting.heads())
+        return Plan(tuple(self._span(*choice) for choice in sorted(chosen.items(), key=_adapter_order)))
+
+    def _candidates(self) -> Iterator[Generation]:
+        """Who may be admitted, in order; whom the caller leaves in the queue was not."""
+        while (first := self._holding.impatient()) is not None:
+            yield first
+            if first in self._waiting:
+                break
+        for head in self._waiting.heads():
+            if first is None or not head.applied or head.arrival < first.arrival:
+                yield head
+
+    def _give_up(self, generation: Generation) -> None:
+        """Drop it, where its adapters cannot be brought to the device."""
+        if (failure := self._holding.failure(generation)) is not None:
+            self._unqueue(generation.id)
+            self._failed.append((generation, failure))
+
+    def _unqueue(self, generation_id: GenerationId) -> Generation | None:
+        generation = self._waiting.remove(generation_id)
+        if generation is not None:
+            self._holding.settled(generation)
+        return generation
 
     def take_failed(self) -> list[tuple[Generation, str]]:
         """The generations that `plan` dropped since the last call, and why; their leases are the caller's to end."""
@@ -156,6 +187,7 @@ class Scheduler:
             finish = FinishReason.LENGTH if span.feature and not span.draw else None
             if result.token is not None:
                 generation.tokens.append(result.token)
+                self._policy.drew(generation)
                 finish = _finish_reason(generation)
             events.append(
                 TokenEvent(
@@ -167,6 +199,7 @@ class Scheduler:
                     generation.cached_tokens or 0,
                     result.feature,
                     class_logits=result.class_logits,
+                    queue_s=generation.queue_s,
                 )
             )
             if finish is not None:
@@ -185,7 +218,7 @@ class Scheduler:
         self.blocks.share(generation.namespace, generation.blocks, generation.tokens, before // size, after // size)
 
     def _admit(self, generation: Generation) -> bool:
-        """Hold every block the tokens so far need, reusing shared ones; False when it must wait.
+        """Let it run, with every block the tokens so far need, reusing shared ones; False when it must wait.
 
         A spare block per running generation is left over, so that an admission does not force a preemption at once.
         """
@@ -198,59 +231,39 @@ class Scheduler:
             return False
         generation.blocks = shared + fresh
         generation.computed = len(shared) * self.blocks.block_size
+        self._running.append(generation)
+        self._unqueue(generation.id)  # in this order: whoever asks from another thread how many wait sees no gap
         if generation.cached_tokens is None:
             generation.cached_tokens = generation.computed
+            generation.queue_s = self._clock() - generation.submitted_s
+            self._policy.admitted(generation)
         return True
 
-    def _reserve(self, generation: Generation, count: int) -> bool:
-        """Make room for `count` more rows, preempting later arrivals; False when the generation itself had to go."""
+    def _reserve(self, generation: Generation, count: int) -> list[Generation]:
+        """Make room for `count` more rows; whoever had to go for that, perhaps the generation itself."""
         needed = self.blocks.blocks_for(generation.computed + count) - len(generation.blocks)
-        while needed > 0:
+        victims: list[Generation] = []
+        while needed > 0 and generation not in victims:
             fresh = self.blocks.allocate(needed)
             if fresh is not None:
                 generation.blocks += fresh
-                return True
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is generation:
-                return False
-        return True
+                break
+            victims.append(max(self._running, key=self._policy.order))
+            self._preempt(victims[-1])
+        return victims
 
     def _preempt(self, generation: Generation) -> None:
         self.preemptions += 1
+        self._waiting.add(generation)
         self._stop(generation)
-        self._waiting.appendleft(generation)
 
     def _stop(self, generation: Generation) -> None:
         """It runs no longer: its blocks and its adapters' places are free."""
         self._running.remove(generation)
-        self._let_go(generation)
+        self._holding.let_go(generation)
         self.blocks.release(generation.blocks)
         generation.blocks = []
         generation.computed = 0
-
-    def _hold(self, generation: Generation) -> bool:
-        """Whether its adapters are on the device, to stay; one whose adapters cannot be brought there is dropped."""
-        leases = _leases(generation)
-        if not leases or self._memory.hold(leases):
-            return True
-        failures = (self._memory.failure(lease) for lease in leases)
-        if (failure := next((why for why in failures if why is not None), None)) is not None:
-            self._waiting.remove(generation)
-            self._failed.append((generation, failure))
-        return False
-
-    def _let_go(self, generation: Generation) -> None:
-        if leases := _leases(generation):
-            self._memory.let_go(leases)
-
-    def _want(self) -> None:
-        """Tell the memory what the queue needs, in its order; silent while it needs nothing."""
-        every = (lease for generation in self._waiting for lease in _leases(generation))
-        wanted = list(itertools.islice(every, MOST_WANTED))
-        if wanted or self._wanted:
-            self._memory.want(wanted)
-        self._wanted = bool(wanted)
 
     def _span(self, generation: Generation, count: int) -> Span:
         start, stop = generation.computed, generation.computed + count
@@ -271,10 +284,6 @@ class Scheduler:
             given={at - start: one for at, one in generation.given.items() if start <= at < stop},
             feature=sampling.feature and generation.drawn == 0 and stop == len(generation.tokens),
         )
-
-
-def _leases(generation: Generation) -> list[Lease]:
-    return [one.lease for one in generation.applied]
 
 
 def _adapter_order(choice: tuple[Generation, int]) -> list[tuple[str, str, tuple[float, ...]]]:

@@ -122,6 +122,10 @@ class Generation:
         blocks: cache blocks, in order of position.
         cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         prompt_reported: positions of the prompt whose log-probabilities were published.
+        counted_to: whom its service is counted to; None counts it to its first adapter.
+        arrival: its number in the order of arrival; given by the scheduler.
+        submitted_s: when it was submitted, by the scheduler's clock.
+        queue_s: from there to its first admission.
     """
 
     id: GenerationId
@@ -134,6 +138,17 @@ class Generation:
     blocks: list[BlockId] = field(default_factory=list)
     cached_tokens: int | None = None
     prompt_reported: int = 0
+    counted_to: str | None = None
+    arrival: int = 0
+    submitted_s: float = 0.0
+    queue_s: float = 0.0
+
+    @property
+    def party(self) -> str:
+        """Whom its service is counted to; empty for the base."""
+        if self.counted_to is not None:
+            return self.counted_to
+        return self.applied[0].lease.version.name if self.applied else ""
 
     @property
     def namespace(self) -> Hashable:
@@ -241,6 +256,7 @@ class TokenEvent:
         token: drawn token; None when only the prompt advanced or the generation ended without one.
         feature, class_logits: with the first token, where asked for.
         cached_tokens: prompt tokens the prefix cache spared.
+        queue_s: how long it waited before it first ran.
     """
 
     generation: GenerationId
@@ -252,6 +268,7 @@ class TokenEvent:
     feature: Any = None
     error: str | None = None
     class_logits: Any = None
+    queue_s: float = 0.0
 
 
 class Memory(Protocol):

@@ -7,16 +7,12 @@ Run it from the repository root; a method and a learning rate that the results h
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,7 @@ from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS, examples
 from motet.adapters.recipes.trainee import Trainee
 from tests.bench import claims_measures as measures
-from tests.bench.machine import Machine
+from tests.bench.plan import Plan
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASK = "wikisql"
@@ -81,13 +77,9 @@ def shaped(run: Run) -> dict[str, Any]:
     return dict(zip(Order.__slots__, fields, strict=True))
 
 
-def measure(run: Run, model_folder: Path, data: Path, keep: Path | None) -> dict[str, Any]:
-    """Train and judge.
-
-    Args:
-        keep: folder to save the adapter in.
-    """
-    method, rate, seed = run
+def measure(run: Run, model_folder: Path, data: Path) -> dict[str, Any]:
+    """Train and judge."""
+    method, *_ = run
     torch.set_num_threads(THREADS)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -123,52 +115,19 @@ def measure(run: Run, model_folder: Path, data: Path, keep: Path | None) -> dict
     if method != BASE:
         trainee.round_as_saved(getattr(torch, RECIPES[method].saved_dtype))
         results["held_out_as_saved"] = measures.held_out(trainee, corpus).loss
-        if keep is not None:
-            trainee.save(keep / f"{method}-{rate:g}-{seed}")
     return results
 
 
-def record(run: Run, results: dict[str, Any], load_before: tuple[float, float, float]) -> dict[str, Any]:
-    """One line of the results."""
-    return {
-        "label": f"{run[0]} at {run[1]:g}, seed {run[2]}",
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": arguments(run),
-        "machine": asdict(Machine.here()),
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-        "load_before": load_before,
-        "results": results,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="claims", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("MOTET_DATA", "../shared/data"))
-    parser.add_argument("--model", type=Path, help="folder of the base model; by default the default model")
-    parser.add_argument("--results", type=Path, required=True, help="JSON lines to append to")
-    parser.add_argument("--keep", type=Path, help="folder to save the adapters in")
-    parser.add_argument("--until", type=float, metavar="SECONDS", help="start no run later than this after the start")
-    options = parser.parse_args(argv)
-    if (model := options.model) is None:
-        from motet.server.model.default_model import ensure_default_model
-
-        model = ensure_default_model()
-    start_s = time.monotonic()
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    known = [json.loads(line)["arguments"] for line in lines]
-    for run in PLAN:
-        if arguments(run) in known:
-            continue
-        if options.until is not None and time.monotonic() - start_s > options.until:
-            break
-        load_before = os.getloadavg()
-        line = record(run, measure(run, model, options.data, options.keep), load_before)
-        with options.results.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        print(
-            line["label"], {step: round(at["loss"], 4) for step, at in line["results"]["held_out"].items()}, flush=True
-        )
-    return 0
+    return Plan(
+        "claims",
+        __doc__ or "",
+        PLAN,
+        label=lambda run: f"{run[0]} at {run[1]:g}, seed {run[2]}",
+        arguments=arguments,
+        measure=measure,
+        tell=lambda results: {step: round(at["loss"], 4) for step, at in results["held_out"].items()},
+    ).carry_out(argv)
 
 
 if __name__ == "__main__":

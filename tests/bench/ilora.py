@@ -11,16 +11,12 @@ Shapes: N users, K experts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -42,7 +38,7 @@ from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.tasks import TASKS, prepared
 from motet.adapters.recipes.trainee import Trainee
 from tests.bench.claims import BASE_NAME
-from tests.bench.machine import Machine
+from tests.bench.plan import Plan
 
 TASK = "lastfm"
 SPLIT = "test"
@@ -247,39 +243,15 @@ def measure(run: Run, model_folder: Path, data: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ilora", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("MOTET_DATA", "../shared/data"))
-    parser.add_argument("--model", type=Path, help="folder of the base model; by default the default model")
-    parser.add_argument("--results", type=Path, required=True, help="JSON lines to append to")
-    parser.add_argument("--until", type=float, metavar="SECONDS", help="start no run later than this after the start")
-    options = parser.parse_args(argv)
-    if (model := options.model) is None:
-        from motet.server.model.default_model import ensure_default_model
-
-        model = ensure_default_model()
-    start_s = time.monotonic()
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    known = [json.loads(line)["arguments"] for line in lines]
-    for run in PLAN:
-        if arguments(run) in known:
-            continue
-        if options.until is not None and time.monotonic() - start_s > options.until:
-            break
-        load_before, machine = os.getloadavg(), asdict(Machine.here())
-        results = measure(run, model, options.data)
-        line = {
-            "label": run.label,
-            "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "arguments": arguments(run),
-            "machine": machine,
-            "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-            "load_before": load_before,
-            "results": results,
-        }
-        with options.results.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        print(run.label, {name: results[name]["hit_ratio"] for name in ("answers", "ranked") if name in results})
-    return 0
+    return Plan(
+        "ilora",
+        __doc__ or "",
+        PLAN,
+        label=lambda run: run.label,
+        arguments=arguments,
+        measure=measure,
+        tell=lambda found: {name: found[name]["hit_ratio"] for name in ("answers", "ranked") if name in found},
+    ).carry_out(argv)
 
 
 if __name__ == "__main__":

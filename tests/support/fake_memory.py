@@ -43,3 +43,37 @@ class FakeMemory:
 
     def failure(self, lease: Lease) -> str | None:
         return self.failures.get(lease.version)
+
+
+class SmallMemory(FakeMemory):
+    """Holds so many versions; what is wanted comes with `tick`, the first that has room, one at a time."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.there: dict[AdapterVersion, None] = {}
+        """The least recently held first."""
+
+    def hold(self, leases: Sequence[Lease]) -> bool:
+        assert leases, "generations without adapters never touch the memory"
+        if any(lease.version not in self.there for lease in leases):
+            return False
+        for lease in leases:
+            self.there[lease.version] = self.there.pop(lease.version)
+        self.held.update(leases)
+        return True
+
+    def tick(self) -> None:
+        """Time passes: a load ends."""
+        held = {lease.version for lease in self.held}
+        for place, version in enumerate(self.wanted):
+            if version in self.there:
+                continue
+            kept = held.union(self.wanted[:place])
+            if len(self.there) == self.capacity:
+                victim = next((one for one in self.there if one not in kept), None)
+                if victim is None:
+                    return
+                del self.there[victim]
+            self.there[version] = None
+            return

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from motet.adapters.cache import LoweredCache
+from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.adapters.spec import NOTHING_DECLARED, Declared
+from motet.adapters.tiers import Tiers
 from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
@@ -23,7 +26,7 @@ from motet.server.engine.types import Applied, GenerationId, GivenInput, Samplin
 from motet.server.model.batch import EffectsBuilder
 from motet.server.model.loader import LoadedModel, prepare
 from motet.server.model.runner import ModelRunner
-from motet.server.serve import new_registry
+from motet.server.serve import new_residency
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 Part = tuple[str, tuple[float, ...] | None]
@@ -65,10 +68,14 @@ class Harness:
         rows: int = 64,
         generations: int = 32,
         arena_bytes: int = 64 << 20,
+        host_bytes: int = HOST_BYTES,
+        cache: LoweredCache | None = None,
     ) -> None:
         self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base")
         self.loaded.allocate_cache(blocks, block_size)
-        self.registry: Registry = new_registry(self.loaded, arena_bytes)
+        residency, base = new_residency(self.loaded, arena_bytes), self.loaded.base
+        tiers = Tiers(residency, HostTier(host_bytes), cache, base.fingerprint)
+        self.registry = Registry(base, residency, cache, tiers=tiers)
         targets = list(self.loaded.base.targets.values())
         effects = EffectsBuilder(
             self.registry.residency,

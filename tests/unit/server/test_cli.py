@@ -87,6 +87,13 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_generations": ("7", 7),
     "max_waiting": ("3", 3),
     "drain_timeout": ("1.5", 1.5),
+    "adapter_quota": ("a=tokens:9", ("a=tokens:9",)),
+    "key_quota": ("a=tokens:9", ("a=tokens:9",)),
+    "cors_origin": ("https://a.example", ("https://a.example",)),
+    "max_body": ("1MiB", "1MiB"),
+    "body_timeout": ("1.5", 1.5),
+    "request_timeout": ("9.5", 9.5),
+    "policy": ("fcfs", "fcfs"),
     "log_level": ("debug", "debug"),
 }
 

@@ -6,8 +6,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from motet.server.adapter_metrics import LATENCY_BUCKETS_S
 from motet.server.engine.engine import EngineState
-from motet.server.metrics import LATENCY_BUCKETS_S, Metrics
+from motet.server.metrics import Metrics
 
 STATE = EngineState(
     running=3,
@@ -57,9 +58,17 @@ def test_the_names_that_dashboards_know(metrics: Metrics) -> None:
         "motet_adapter_loads_total",
         *(
             f"motet_{latency}_seconds_{part}"
-            for latency in ("time_to_first_token", "inter_token_latency", "request")
+            for latency in (
+                "time_to_first_token",
+                "inter_token_latency",
+                "request",
+                "adapter_ttft",
+                "adapter_itl",
+                "adapter_queue",
+            )
             for part in ("bucket", "count", "sum")
         ),
+        *(f"motet_adapter_uncertainty_{part}" for part in ("bucket", "count", "sum")),
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",

@@ -58,9 +58,9 @@ class Hostile:
 
 def test_a_pickle_that_runs_code_is_refused(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "cache.pt").write_bytes(pickle.dumps(Hostile()))
-    refused(adapter, tmp_path, UnsafeFormatError, "not a plain dictionary of tensors")
+    refused(adapter, tmp_path, UnsafeFormatError, "no checkpoint of tensors and plain values")
     torch.save({"x": Hostile()}, tmp_path / "cache.pt")
-    refused(adapter, tmp_path, UnsafeFormatError, "not a plain dictionary of tensors")
+    refused(adapter, tmp_path, UnsafeFormatError, "no checkpoint of tensors and plain values")
     assert "was run" not in capsys.readouterr().out
 
 

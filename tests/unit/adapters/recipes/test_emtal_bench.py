@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -110,21 +109,3 @@ def test_a_run_without_what_retains_learns_otherwise(model: Path, own: Path) -> 
     assert len(alone["training_losses"]) == 3
     assert alone["tasks"].keys() == {SIDES}
     assert "training_losses" not in quality.measure(quality.Run(None, (SIDES, PARTS)), model, own)
-
-
-def test_the_command_appends_what_the_results_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[quality.Run] = []
-
-    def measure(run: quality.Run, *_: Any) -> dict[str, Any]:
-        done.append(run)
-        return {"tasks": {}}
-
-    monkeypatch.setattr(quality, "measure", measure)
-    results = tmp_path / "quality.jsonl"
-    results.write_text(json.dumps({"arguments": quality.arguments(quality.PLAN[1])}) + "\n")
-    options = ["--results", str(results), "--model", str(tmp_path), "--data", str(tmp_path)]
-    assert quality.main(options) == 0
-    assert done == [run for run in quality.PLAN if run != quality.PLAN[1]]
-    quality.main(options)
-    assert len(done) == len(quality.PLAN) - 1
-    assert str(tmp_path) not in results.read_text()

@@ -23,9 +23,10 @@ from motet.server.api.app import create_app
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
 from motet.server.api.inputs import TextInputs
+from motet.server.api.keys import Keys
 from motet.server.api.merging import Merging
 from motet.server.api.scoring import Scorer, golden_check
-from motet.server.api.service import Keys, Service
+from motet.server.api.service import Service
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
 from motet.server.engine.scheduler import Scheduler, StepLimits

@@ -22,6 +22,8 @@ from motet.adapters.errors import (
 from motet.server.api import autoload
 from motet.server.api.autoload import Autoload, Template
 from motet.server.api.errors import ApiError
+from motet.server.api.keys import Caller
+from motet.server.api.labelling import leased
 from motet.server.api.publishing import autoloading
 from tests.unit.server.api.rig import Running, during
 
@@ -233,3 +235,18 @@ def test_a_request_loads_what_it_names(adapter: Path) -> None:
 
     during(adapter, scenario)
     assert asked[0] != threading.get_ident()
+
+
+def test_what_a_key_may_not_see_is_not_loaded_for_it(adapter: Path) -> None:
+    shutil.copytree(adapter, adapter.parent / "late")
+
+    async def scenario(running: Running) -> None:
+        running.service.autoload = autoloading(running.service, Template("{name}"), 10)
+        with pytest.raises(ApiError, match="'late' does not exist"):
+            async with leased(running.service, "late", Caller("fr-only", adapters=("fr-*",))):
+                pass
+        assert not running.service.knows("late")
+        async with leased(running.service, "late", Caller("late-only", adapters=("late",))):
+            assert running.service.knows("late")
+
+    during(adapter, scenario)

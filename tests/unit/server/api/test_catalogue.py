@@ -18,7 +18,7 @@ from motet.adapters.origin import Origin
 from motet.adapters.version import Digest
 from tests.unit.server.api.rig import ADMIN_KEY, BODY, Running, during, logprob_of
 
-ACTOR = f"key {hashlib.sha256(ADMIN_KEY.encode()).hexdigest()[:12]}"
+ACTOR = f"key-{hashlib.sha256(ADMIN_KEY.encode()).hexdigest()[:12]}"
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from motet.server.api.service import Keys
+from motet.server.api.keys import Keys
 from tests.unit.server.api.rig import Running, during
 
 
