@@ -22,7 +22,6 @@ from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
 from motet.adapters.host import HOST_BYTES, HostTier
 from motet.adapters.lease import Lease
-from motet.adapters.origin import folders
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
@@ -34,6 +33,7 @@ from motet.server.api.classifying import Classifying
 from motet.server.api.keys import Keys
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
+from motet.server.api.publishing import autoloading
 from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Service
@@ -53,6 +53,7 @@ from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
 from motet.server.native import native_engine, with_rows
 from motet.server.slow_headers import patient_for
+from motet.server.sourcing import OpenSources, open_sources, user_cache
 from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
@@ -88,6 +89,7 @@ class Assembled:
     adapters: tuple[tuple[str, Path, Declared], ...]
     steps: Steps
     keys: Keys
+    sources: OpenSources
     threads: int
     report: Report
     limits: RequestLimits
@@ -142,7 +144,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
     require_possible(config, adapters)
-    cache = _adapter_cache(config)
+    cache, sources = _adapter_cache(config), open_sources(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
     loaded = load_base(config, report, native_engine(config, choose_device(config.device), threads, report))
@@ -154,17 +156,14 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(_host_budget(config))
     tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
-    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, threads, report, limits, quotas)
+    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, sources, threads, report, limits, quotas)
 
 
 def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
     size = parse_bytes("adapter-cache-size", config.adapter_cache_size)
     if config.adapter_cache == "off":
         return None
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is invalid and ignored.
-    user = configured if os.path.isabs(configured) else os.path.expanduser("~/.cache")
-    folder = Path(user) / "motet" / "lowered" if config.adapter_cache == "auto" else Path(config.adapter_cache)
+    folder = user_cache("lowered") if config.adapter_cache == "auto" else Path(config.adapter_cache)
     return LoweredCache(folder.expanduser(), CACHE_BYTES if size is None else size)
 
 
@@ -242,6 +241,7 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         try:
             yield service
         finally:
+            assembled.sources.all.close()
             service.engine.stop()
     finally:
         assembled.tiers.stop()
@@ -269,11 +269,12 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    resolve = folders([Path(root).expanduser() for root in config.adapter_root])
+    sources, resolve = assembled.sources, assembled.sources.all.folders
     registry = Registry(
         assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers, catalogue, resolve
     )
-    return Service(
+    sources.keep_what_is_in(catalogue)
+    service = Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
         registry=registry,
@@ -287,6 +288,9 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
         adapter_quotas=adapter_quotas,
         key_quotas=key_quotas,
     )
+    if sources.autoload is not None:
+        service.autoload = autoloading(service, sources.autoload, config.autoload_wait)
+    return service
 
 
 def lower_alone(
