@@ -173,7 +173,9 @@ def test_names_that_nobody_published_are_counted_nowhere(adapter: Path) -> None:
 
 def test_what_a_key_may_not_see_does_not_exist_for_it(adapter: Path) -> None:
     async def scenario(started: Running) -> None:
-        started.service.keys = Keys(["mine adapters=adapt*", "other adapters=x,y/*", "every"], ["root"])
+        keys = ["mine adapters=adapt*", "other adapters=x,y/*", "odd adapters=adapted@*", "every"]
+        started.service.keys = Keys(keys, ["root"])
+        digest = started.registry.get("adapted").version.digest
 
         async def ask(key: str, method: str, path: str, **body: Any) -> tuple[int, Any]:
             headers = {"Authorization": f"Bearer {key}"}
@@ -210,7 +212,10 @@ def test_what_a_key_may_not_see_does_not_exist_for_it(adapter: Path) -> None:
             )
             assert hidden == unknown, path
             assert hidden[0] == 404 or "merges" in path or "decisions" in path, (path, hidden)
-        assert (await ask("mine", "POST", "/v1/completions", model="adapted", prompt="a", max_tokens=1))[0] == 200
+        for key, status in (("mine", 200), ("odd", 404)):
+            for model in ("adapted", f"adapted@{digest}"):
+                answer = await ask(key, "POST", "/v1/completions", model=model, prompt="a", max_tokens=1)
+                assert answer[0] == status, "a pattern is of names, not of versions"
         await started.nothing_is_held()
 
     during(adapter, scenario)
