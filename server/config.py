@@ -34,6 +34,7 @@ class ServeConfig:
     name: str | None = _option(None, "What requests call the base model; by default the last part of --model.")
     dtype: str = _option("auto", "Type of weights, adapters and cache.", ("auto", "bfloat16", "float16", "float32"))
     device: str = _option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
+    native: str = _option("auto", "Whether the compiled CPU backend computes.", ("auto", "on", "off"))
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8000, "Port to listen on.")
     adapter: tuple[str, ...] = _option(

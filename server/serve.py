@@ -28,6 +28,7 @@ from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
+from motet.kernels.cpu.library import Engine as NativeEngine
 from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
 from motet.server.api.keys import Keys
@@ -50,6 +51,7 @@ from motet.server.guards import keys_of, limits_of, quotas_of
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
+from motet.server.native import native_engine, with_rows
 from motet.server.slow_headers import patient_for
 from motet.server.tier_metrics import everything
 
@@ -74,7 +76,7 @@ class Assembled:
 
     Attributes:
         adapters: to load once the engine runs.
-        threads: processors that a step may compute on.
+        threads: processors that torch may compute on in a step.
         report: takes the stages that are still to come.
         quotas: of adapters, and of keys.
     """
@@ -103,13 +105,15 @@ def choose_device(asked: str) -> torch.device:
     return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(config: ServeConfig, report: Report) -> Loaded:
-    """The base model the options name, or the default one."""
+def load_base(config: ServeConfig, report: Report, engine: NativeEngine | None = None) -> Loaded:
+    """The base model the options name, or the default one; without an engine torch computes all."""
     device = choose_device(config.device)
     path = base_path(config.model)
     name = config.name or (DEFAULT_MODEL_NAME if config.model is None else Path(path).name)
     report(f"loading {name}")
-    return (load_vision if is_vision(path) else load)(path, name, config.dtype, device)
+    if is_vision(path):
+        return load_vision(path, name, config.dtype, device)
+    return load(path, name, config.dtype, device, engine)
 
 
 def base_path(model: str | None) -> str:
@@ -141,10 +145,11 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     cache = _adapter_cache(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
-    loaded = load_base(config, report)
+    loaded = load_base(config, report, native_engine(config, choose_device(config.device), threads, report))
     residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
+        threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(_host_budget(config))
@@ -276,7 +281,7 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
         streams=streams,
         merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
-        metrics=everything(lambda: engine.state, assembled.tiers, registry, steps.info.name),
+        metrics=with_rows(everything(lambda: engine.state, assembled.tiers, registry, steps.info.name), steps.paths),
         keys=assembled.keys,
         max_waiting=config.max_waiting,
         adapter_quotas=adapter_quotas,
