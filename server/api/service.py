@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from motet.adapters.errors import AdapterNotFoundError, GateError, VersionNotServedError
@@ -209,9 +209,10 @@ class Service:
             raise ApiError(503, f"the server is {state}; try again", code=f"server_{state}", retry_after_s=5)
         self.admission.require_room(1)
 
-    def apply_quota(self, info: AdapterInfo) -> None:
-        """From now on an adapter has the quota that it was published with, where it was with one."""
-        self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
+    def apply_quotas(self, infos: Iterable[AdapterInfo]) -> None:
+        """From now on adapters have the quotas that they were published with, where they were with one."""
+        for info in infos:
+            self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
 
     @contextlib.contextmanager
     def counted(self, caller: Caller, name: str, version: str, generations: int = 1) -> Iterator[Ticket]:
