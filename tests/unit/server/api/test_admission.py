@@ -96,6 +96,20 @@ def test_a_quota_that_is_used_up_is_a_429_with_the_seconds(adapter: Path, case: 
     during(adapter, scenario)
 
 
+def test_a_quota_counts_however_its_adapter_is_named(adapter: Path) -> None:
+    async def scenario(started: Running) -> None:
+        started.service.adapter_quotas.set("adapted", Quota(requests_per_minute=1))
+        version = f"adapted@{started.registry.get('adapted').version.digest}"
+        assert (await started.post(model=version)).status_code == 200
+        for named in ("adapted", version):
+            assert (await started.post(model=named)).status_code == 429
+            mixture = {"model": "base", "adapters": [{"name": named, "weight": 0.5}]}
+            assert (await started.post(**mixture)).status_code == 429
+        await started.nothing_is_held()
+
+    during(adapter, scenario)
+
+
 def test_what_can_never_be_let_in_is_a_400(adapter: Path) -> None:
     async def scenario(started: Running) -> None:
         started.service.adapter_quotas.set("adapted", Quota(tokens_per_minute=6))
