@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,13 @@ def test_what_a_bucket_does_not_have(bucket: Any, opened: Opener) -> None:
             sources.fetch(source)
     with pytest.raises(UnsafeFormatError, match="is a pickle"):
         sources.fetch("s3://bucket/pickled")
+
+
+def test_a_bucket_gives_fewer_bytes_than_it_says(bucket: Any, opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, true = bucket(None), bucket(None).open
+    monkeypatch.setattr(memory, "open", lambda *given, **more: io.BytesIO(true(*given, **more).read()[:-1]))
+    with pytest.raises(SourceUnavailableError, match=r"adapter_config\.json ended after 28 of 29 bytes"):
+        opened("s3://bucket/", systems=bucket).fetch("s3://bucket/adapters/fr")
 
 
 @pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs")])
