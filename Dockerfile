@@ -3,6 +3,11 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
+# For the native CPU backend. Any version of Debian's compiler will do: the interface is plain C.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 # The sources are named one by one: what is not listed here (and in .dockerignore) can not reach the image.
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY adapters adapters

@@ -4,9 +4,11 @@
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
+CXX = c++
 # The constraints matter: the bare name torch is several gigabytes of CUDA.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 VIEW = build/dev/motet
+SANITIZED = build/sanitized/motet
 CHECK = build/wheel
 
 help:
@@ -15,6 +17,8 @@ help:
 	@echo 'make lint                                 ruff, import contracts, hadolint'
 	@echo 'make types                                mypy on the sources, and on the installed wheel'
 	@echo 'make dev                                  the development environment in $(VENV)'
+	@echo 'make native                               compile the native backend again, after a change of its sources'
+	@echo 'make sanitize                             its tests with address and undefined-behaviour sanitizers'
 	@echo 'make bench ARGS="--url http://…"          load a running server and measure it'
 	@echo 'make clean                                remove what these made, $(VENV) too'
 
@@ -45,7 +49,7 @@ lint: dev
 types: dev
 	$(BIN)/mypy -p motet.adapters -p motet.kernels -p motet.server
 	@# Remnants in build/lib would enter the wheel.
-	rm -rf $(CHECK) build/lib build/bdist.*
+	rm -rf $(CHECK) build/lib* build/temp.* build/bdist.*
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(CHECK) .
 	$(BIN)/python -m venv --without-pip $(CHECK)/venv
 	$(BIN)/python -m pip --quiet --disable-pip-version-check --python $(CHECK)/venv/bin/python \
@@ -70,14 +74,31 @@ dev: $(VENV)/.installed-dev
 		[ -L "$(VIEW)/$$part" ] || ln -s "../../../$$part" "$(VIEW)/$$part"; \
 	done
 
+native: $(VENV)/.installed-dev
+	$(INSTALL) --quiet --no-deps --editable .
+
+# A view of the package whose native backend is the sanitized one; its kernels are a copy.
+sanitize: $(VENV)/.installed-dev
+	rm -rf build/sanitized
+	mkdir -p $(SANITIZED)/kernels
+	cp -R kernels/. $(SANITIZED)/kernels
+	rm -f $(SANITIZED)/kernels/cpu/_native*.so
+	ln -s ../../../adapters ../../../server $(SANITIZED)
+	$(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Werror -Wno-psabi \
+		-fPIC -shared kernels/cpu/native/*.cpp -pthread -o $(SANITIZED)/kernels/cpu/_native.so
+	LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libubsan.so`" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized $(BIN)/python -m pytest -q -s -p no:cacheprovider \
+		tests/unit/kernels/test_native.py tests/unit/server/model/test_native.py
+
 bench: $(VENV)/.installed-dev
 	@exec $(BIN)/python -m tests.bench.bench_serving $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f kernels/cpu/_native*.so
 	find adapters kernels server tests examples -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt kernels/cpu/native/*
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable .
 	@touch $@
@@ -86,4 +107,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL) --editable '.[train,test,lint]'
 	@touch $@
 
-.PHONY: help serve test lint types dev bench clean
+.PHONY: help serve test lint types dev native sanitize bench clean

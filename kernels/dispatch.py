@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from motet.kernels.cpu.library import DTYPES, Engine
 from motet.kernels.errors import BackendUnavailableError
 from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan
 from motet.kernels.segments import Segments, TargetShape
@@ -18,6 +19,8 @@ from motet.kernels.sign import SignSegments
 from motet.kernels.sparse import SparseSegments
 
 Backend = Literal["reference", "cpu", "triton"]
+LowRankBackend = Backend | Literal["native"]
+"""The native backend has the low-rank product alone, and whole decoders (`motet.kernels.cpu.library`)."""
 
 
 def default_backend(device: torch.device) -> Backend:
@@ -26,11 +29,12 @@ def default_backend(device: torch.device) -> Backend:
 
 
 def low_rank_plan(
-    backend: Backend,
+    backend: LowRankBackend,
     arena_NU: torch.Tensor,
     shapes: Sequence[TargetShape],
     segments: Segments,
     n_rows: int,
+    engine: Engine | None = None,
 ) -> LowRankPlan:
     """Prepare one step's low-rank work for every target.
 
@@ -40,6 +44,7 @@ def low_rank_plan(
         shapes: [C] the targets, in the order of the segments' first axis.
         segments: who reads what; segments that outlive a step may reuse its plan.
         n_rows: T, rows in the batch.
+        engine: the native backend's threads; no other needs it.
 
     Returns:
         A plan whose `backend` is the one asked for.
@@ -50,6 +55,12 @@ def low_rank_plan(
     assert arena_NU.is_contiguous(), f"the arena has strides {arena_NU.stride()}"
     segments.check(shapes, (arena_NU.shape[0], arena_NU.shape[1]), n_rows)
     match backend:
+        case "native":
+            from motet.kernels.cpu.native_low_rank import NativePlan
+
+            _check_native(arena_NU, shapes)
+            assert engine is not None, "the native backend computes with an engine's threads"
+            return NativePlan(engine, arena_NU, shapes, segments)
         case "reference":
             from motet.kernels.reference.low_rank import ReferencePlan
 
@@ -157,6 +168,16 @@ def _check_cpu(arena_NU: torch.Tensor) -> None:
     if arena_NU.device.type != "cpu":
         raise BackendUnavailableError(
             f"backend 'cpu' needs the arena on the CPU, not on {arena_NU.device}; choose 'triton'"
+        )
+
+
+def _check_native(arena_NU: torch.Tensor, shapes: Sequence[TargetShape]) -> None:
+    _check_cpu(arena_NU)
+    odd = [shape.in_width for shape in shapes if shape.in_width * arena_NU.itemsize % 4]
+    if arena_NU.dtype not in DTYPES or odd:
+        what = f"in widths such as {odd[0]}" if arena_NU.dtype in DTYPES else f"an arena of {arena_NU.dtype}"
+        raise BackendUnavailableError(
+            f"backend 'native' computes in float32, and in bfloat16 with even in widths; {what} needs backend 'cpu'"
         )
 
 

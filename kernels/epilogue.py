@@ -46,6 +46,9 @@ class RowVectors:
 class RowVectorPlan:
     """The scales, or the biases, of one step, prepared once and applied to every target.
 
+    Attributes:
+        vectors: what it was prepared from, for whoever applies them otherwise.
+
     Note: rows without a vector are not touched. The plan reads the arena at each call.
     """
 
@@ -60,6 +63,7 @@ class RowVectorPlan:
         """
         check_rows(vectors.row_start, vectors.row_stop, n_rows)
         assert vectors.first.shape == vectors.present.shape == (len(out_widths), len(vectors.row_start))
+        self.vectors = vectors
         self._work: list[tuple[list[tuple[slice, ArenaRows]], int]] = [([], 0)] * len(out_widths)
         groups: dict[tuple[int, bytes], list[int]] = {}
         for target in np.flatnonzero(vectors.present.any(axis=1)).tolist():

@@ -6,7 +6,7 @@ Must not know: adapters, HTTP, who asks for a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class Steps:
         blocks, block_size: of the key-value cache; of images, what the scheduler counts them by.
         warm_up: plans that the first request does not have to pay for.
         summary: what of the memory people want to know: name and value.
+        paths: how many rows were computed natively, and how many not, by what kept them from it.
     """
 
     runner: Runner
@@ -57,6 +58,7 @@ class Steps:
     limits: StepLimits
     warm_up: Sequence[Plan]
     summary: tuple[str, str]
+    paths: Callable[[], Mapping[str, int]] = dict
 
 
 def text_steps(config: ServeConfig, loaded: LoadedModel, residency: Residency, kv_bytes: int) -> Steps:
@@ -64,7 +66,8 @@ def text_steps(config: ServeConfig, loaded: LoadedModel, residency: Residency, k
     kind = loaded.device.type
     blocks = kv_bytes // KvCache.block_bytes(loaded.layers, config.block_size, loaded.dtype)
     loaded.allocate_cache(blocks, config.block_size)
-    effects = _effects(loaded, residency, embedding=loaded.embedding_path, head=loaded.head_path)
+    paths = {"embedding": loaded.embedding_path, "head": loaded.head_path}
+    effects = _effects(loaded, residency, **paths, engine=loaded.engine)
     info = _info(
         loaded,
         max_length=min(loaded.max_length, blocks * config.block_size),
@@ -72,8 +75,9 @@ def text_steps(config: ServeConfig, loaded: LoadedModel, residency: Residency, k
         end_tokens=loaded.end_tokens,
     )
     rows = config.max_batch_rows or DEFAULT_ROWS[kind]
+    runner = ModelRunner(loaded, effects)
     return Steps(
-        runner=ModelRunner(loaded, effects),
+        runner=runner,
         tokenizer=loaded.tokenizer,
         inputs=TextInputs(loaded.tokenizer),
         info=info,
@@ -82,6 +86,7 @@ def text_steps(config: ServeConfig, loaded: LoadedModel, residency: Residency, k
         limits=StepLimits(rows, config.max_generations or DEFAULT_GENERATIONS[kind]),
         warm_up=[_plan((1,) * 16, 0), _plan((1,), 15)],
         summary=("KV blocks", f"{blocks:,} of {config.block_size} positions"),
+        paths=lambda: dict(runner.rows),
     )
 
 
@@ -118,8 +123,8 @@ def vision_steps(config: ServeConfig, loaded: LoadedVision, residency: Residency
     )
 
 
-def _effects(loaded: Loaded, residency: Residency, **paths: Any) -> EffectsBuilder:
-    return EffectsBuilder(residency, list(loaded.base.targets.values()), default_backend(loaded.device), **paths)
+def _effects(loaded: Loaded, residency: Residency, **options: Any) -> EffectsBuilder:
+    return EffectsBuilder(residency, list(loaded.base.targets.values()), default_backend(loaded.device), **options)
 
 
 def _info(loaded: Loaded, max_length: int, vocabulary: int, end_tokens: frozenset[int], **more: Any) -> BaseInfo:

@@ -34,6 +34,7 @@ class ServeConfig:
     name: str | None = _option(None, "What requests call the base model; by default the last part of --model.")
     dtype: str = _option("auto", "Type of weights, adapters and cache.", ("auto", "bfloat16", "float16", "float32"))
     device: str = _option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
+    native: str = _option("auto", "Whether the compiled CPU backend computes.", ("auto", "on", "off"))
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8000, "Port to listen on.")
     adapter: tuple[str, ...] = _option(
@@ -77,7 +78,7 @@ class ServeConfig:
     policy: str = _option("fair", "Whose turn is next: shares of adapters, or by arrival.", ("fair", "fcfs"))
     cors_origin: tuple[str, ...] = _option((), "Origin whose pages may ask from a browser; repeatable.")
     max_body: str = _option("16MiB", "Most bytes of a request's body.")
-    body_timeout: float = _option(30.0, "Seconds a request's body may take to arrive.")
+    body_timeout: float = _option(30.0, "Seconds a request's head may take to arrive, and its body.")
     request_timeout: float | None = _option(
         None, "Seconds a request may take; X-Request-Timeout-S may ask for fewer, and without this for any number."
     )

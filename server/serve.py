@@ -27,6 +27,7 @@ from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
+from motet.kernels.cpu.library import Engine as NativeEngine
 from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
 from motet.server.api.keys import Keys
@@ -50,8 +51,9 @@ from motet.server.guards import keys_of, limits_of, quotas_of
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
-from motet.server.slow_headers import PatientProtocol
-from motet.server.sourcing import OpenSources, open_sources, user_cache
+from motet.server.native import native_engine, with_rows
+from motet.server.slow_headers import patient_for
+from motet.server.sourcing import OpenSources, open_cache, open_sources
 from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
@@ -63,8 +65,6 @@ CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
 """Default shares of the free device memory after the base model is loaded."""
 HOST_SHARE = 0.25
 """Of the machine's memory, at most HOST_BYTES: default of --host-memory."""
-CACHE_BYTES = 10 << 30
-"""Default of --adapter-cache-size."""
 LAST_WORDS_S = 3
 """Time for answers that are complete to reach their clients."""
 
@@ -75,7 +75,7 @@ class Assembled:
 
     Attributes:
         adapters: to load once the engine runs.
-        threads: processors that a step may compute on.
+        threads: processors that torch may compute on in a step.
         report: takes the stages that are still to come.
         quotas: of adapters, and of keys.
     """
@@ -105,13 +105,15 @@ def choose_device(asked: str) -> torch.device:
     return torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(config: ServeConfig, report: Report) -> Loaded:
-    """The base model the options name, or the default one."""
+def load_base(config: ServeConfig, report: Report, engine: NativeEngine | None = None) -> Loaded:
+    """The base model the options name, or the default one; without an engine torch computes all."""
     device = choose_device(config.device)
     path = base_path(config.model)
     name = config.name or (DEFAULT_MODEL_NAME if config.model is None else Path(path).name)
     report(f"loading {name}")
-    return (load_vision if is_vision(path) else load)(path, name, config.dtype, device)
+    if is_vision(path):
+        return load_vision(path, name, config.dtype, device)
+    return load(path, name, config.dtype, device, engine)
 
 
 def base_path(model: str | None) -> str:
@@ -140,26 +142,19 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
     require_possible(config, adapters)
-    cache, sources = _adapter_cache(config), open_sources(config)
+    cache, sources = open_cache(config), open_sources(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
-    loaded = load_base(config, report)
+    loaded = load_base(config, report, native_engine(config, choose_device(config.device), threads, report))
     residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
+        threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(_host_budget(config))
     tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
     return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, sources, threads, report, limits, quotas)
-
-
-def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
-    size = parse_bytes("adapter-cache-size", config.adapter_cache_size)
-    if config.adapter_cache == "off":
-        return None
-    folder = user_cache("lowered") if config.adapter_cache == "auto" else Path(config.adapter_cache)
-    return LoweredCache(folder.expanduser(), CACHE_BYTES if size is None else size)
 
 
 def _budget(text: str, option: str, device: torch.device) -> int:
@@ -212,7 +207,7 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
             log_level=config.log_level,
             access_log=False,
             lifespan="off",
-            http=PatientProtocol,
+            http=patient_for(assembled.limits.body_timeout_s),
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
         names = [info.version.name for info in service.registry.published()]
@@ -248,7 +243,8 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
     adapter_quotas, key_quotas = assembled.quotas
-    policy = Fair(adapter_quotas.weight) if config.policy == "fair" else Fcfs()
+    fair = Fair(lambda party: adapter_quotas.weight(party or steps.info.name))
+    policy = fair if config.policy == "fair" else Fcfs()
     scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:
@@ -276,7 +272,7 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
         streams=streams,
         merging=Merging(registry, scorer, steps.inputs, in_flight=2 * steps.limits.generations),
         classifying=Classifying(steps.info, registry, scorer, steps.inputs),
-        metrics=everything(lambda: engine.state, assembled.tiers, registry, steps.info.name),
+        metrics=with_rows(everything(lambda: engine.state, assembled.tiers, registry, steps.info.name), steps.paths),
         keys=assembled.keys,
         max_waiting=config.max_waiting,
         adapter_quotas=adapter_quotas,

@@ -240,7 +240,7 @@ class Service:
         self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
 
     @contextlib.contextmanager
-    def counted(self, caller: Caller, name: str, version: str | None = None) -> Iterator[Ticket]:
+    def counted(self, caller: Caller, name: str, version: str, generations: int = 1) -> Iterator[Ticket]:
         """Let in a request that is no generation, and count it to an adapter, until the block is left.
 
         Raises:
@@ -248,7 +248,7 @@ class Service:
         """
         series, outcome = self.metrics.by_adapter.of(name), "refused"
         try:
-            with self.admission.admitted(caller, [name], tokens=0) as ticket:
+            with self.admission.admitted(caller, [name], 0, generations) as ticket:
                 outcome = "failed"
                 yield ticket
                 outcome = "finished"

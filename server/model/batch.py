@@ -5,6 +5,7 @@ Must not know: methods, sampling rules, the model's architecture.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from motet.adapters.addresses import Addresses, Int32
 from motet.adapters.base import Kind, Target
 from motet.adapters.residency import Residency
 from motet.adapters.version import Slot
+from motet.kernels.cpu.library import Engine
 from motet.kernels.dispatch import Backend, low_rank_plan, sign_plan, sparse_plan
 from motet.kernels.epilogue import RowVectorPlan, RowVectors
 from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan
@@ -23,10 +25,14 @@ from motet.kernels.segments import Segments, TargetShape
 from motet.kernels.sign import SignSegments
 from motet.kernels.sparse import SparseSegments
 from motet.server.engine.types import Span
+from motet.server.model.division import Division
 from motet.server.model.embedding import EmbeddedRun
 from motet.server.model.gating import GatedRows, rank_row_factors, row_gates
 from motet.server.model.inject import AddedTokens, StepEffects
 from motet.server.model.overlay import OverlayPlan
+
+PARTS = 2
+"""Of a step: what runs natively and what its modules compute. Each has effects to reuse."""
 
 
 class Run(NamedTuple):
@@ -76,6 +82,7 @@ class EffectsBuilder:
         embedding: str | None,
         head: str | None,
         rows_of_position: int = 1,
+        engine: Engine | None = None,
     ) -> None:
         """Nothing is built yet.
 
@@ -83,14 +90,16 @@ class EffectsBuilder:
             targets: all of the base, in the order of their index.
             embedding, head: paths of the modules; they need not be targets. None where there are none.
             rows_of_position: of a prompt; a text's token is one row, an image at one position is many.
+            engine: of the native backend, which then does the low-rank work.
         """
         self._rows_of_position = rows_of_position
         self._residency = residency
-        self._backend = backend
+        self._backend, self._engine = backend, engine
         self._embedding, self._head = embedding, head
         self._of_kind = {kind: [target for target in targets if target.kind is kind] for kind in Kind}
-        self._latest: tuple[tuple[Layers, int, list[int]], StepChanges] | None = None
-        self._latest_head: tuple[tuple[Layers, int, list[int]], StepEffects] | None = None
+        self.division = Division(residency, targets, {embedding, head})
+        self._latest: deque[tuple[tuple[Layers, int, list[int]], StepChanges]] = deque(maxlen=PARTS)
+        self._latest_head: deque[tuple[tuple[Layers, int, list[int]], StepEffects]] = deque(maxlen=PARTS)
 
     def build(self, spans: Sequence[Span]) -> StepChanges:
         """Effects for the rows of these spans."""
@@ -98,11 +107,12 @@ class EffectsBuilder:
         if not layers:
             return StepChanges()
         key = (layers, rows, self._placings(layers))
-        if self._latest is None or self._latest[0] != key:
+        changes = next((known for of, known in self._latest if of == key), None)
+        if changes is None:
             body = self._build(Kind.LINEAR, layers, rows)
             embedded = [one for runs in layers for one in self._embedded(runs)]
-            self._latest = (key, StepChanges(body, embedded, None, self._wider(layers[0])))
-        changes = self._latest[1]
+            changes = StepChanges(body, embedded, None, self._wider(layers[0]))
+            self._latest.append((key, changes))
         if not any(self._head in self._residency.touched(run.slot) for runs in layers for run in runs):
             return changes
         return replace(changes, head=self._build_head(spans))
@@ -122,12 +132,13 @@ class EffectsBuilder:
         if not any(layers):
             return None
         key = (layers, rows, self._placings(layers))
-        if self._latest_head is None or self._latest_head[0] != key:
-            head = self._build(Kind.HEAD, layers, rows)
+        head = next((known for of, known in self._latest_head if of == key), None)
+        if head is None:
             wider = self._wider(layers[0])
             added = [self._added(run, wider[run.slot]) for run in layers[0] if run.slot in wider]
-            self._latest_head = (key, replace(head, added=added))
-        return self._latest_head[1]
+            head = replace(self._build(Kind.HEAD, layers, rows), added=added)
+            self._latest_head.append((key, head))
+        return head
 
     def _wider(self, runs: list[Run]) -> dict[Slot, int]:
         """Slot → the adapter's vocabulary, of those that add tokens to the base's."""
@@ -215,7 +226,8 @@ class EffectsBuilder:
             addresses.rank,
             row_gates(gated, len(shapes), rows),
         )
-        return low_rank_plan(self._backend, self._residency.arena.units_NU, shapes, segments, rows)
+        backend = self._backend if self._engine is None else "native"
+        return low_rank_plan(backend, self._residency.arena.units_NU, shapes, segments, rows, self._engine)
 
     def _overlays(self, runs: list[Run]) -> OverlayPlan | None:
         found = [(run.start, run.stop, self._residency.overlays(run.slot)) for run in runs]

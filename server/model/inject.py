@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from motet.kernels.cpu.library import Engine
+from motet.kernels.cpu.packed import PackedLinear, can_pack
 from motet.kernels.epilogue import RowVectorPlan
 from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan
 from motet.server.model.overlay import OverlayPlan
@@ -67,37 +69,52 @@ class AdaptedLinear(nn.Module):
     with the operands of each row's own adapter; one product with W for all rows.
     """
 
-    def __init__(self, linear: nn.Linear, target: int, path: str, step: ActiveStep) -> None:
+    def __init__(
+        self, linear: nn.Linear, target: int, path: str, step: ActiveStep, packed: PackedLinear | None = None
+    ) -> None:
+        """Take the linear's place.
+
+        Args:
+            packed: computes the product with the weight; None leaves it to torch.
+        """
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._target, self._path = target, path
+        self.target, self.packed = target, packed
+        self._path = path
         self._step = step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the base weight and the step's effects to [..., I]."""
         effects = self._step.effects
-        if effects is None:
+        if effects is None and self.packed is None:
             return F.linear(x, self.weight, self.bias)
         x_TI = x.reshape(-1, self.in_features)
-        scales = effects.scales if effects.scales is not None and effects.scales.touches(self._target) else None
-        y_TO = F.linear(x_TI, self.weight, self.bias if scales is None else None)
+        if effects is None:
+            return self._product(x_TI, bias=True).view(*x.shape[:-1], self.out_features)
+        scales = effects.scales if effects.scales is not None and effects.scales.touches(self.target) else None
+        y_TO = self._product(x_TI, bias=scales is None)
         if effects.overlays is not None:
             effects.overlays.linear_(self._path, y_TO, x_TI, self.bias if scales is None else None)
         for plan in effects.low_rank:
-            plan.add_(self._target, y_TO, x_TI)
-        if effects.sparse is not None and effects.sparse.touches(self._target):
-            effects.sparse.add_(self._target, y_TO, x_TI)
-        if effects.signs is not None and effects.signs.touches(self._target):
-            effects.signs.add_(self._target, y_TO, x_TI)
+            plan.add_(self.target, y_TO, x_TI)
+        if effects.sparse is not None and effects.sparse.touches(self.target):
+            effects.sparse.add_(self.target, y_TO, x_TI)
+        if effects.signs is not None and effects.signs.touches(self.target):
+            effects.signs.add_(self.target, y_TO, x_TI)
         if scales is not None:
-            scales.scale_(self._target, y_TO)
+            scales.scale_(self.target, y_TO)
             if self.bias is not None:
                 y_TO += self.bias
         if effects.biases is not None:
-            effects.biases.add_(self._target, y_TO)
+            effects.biases.add_(self.target, y_TO)
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x_TI: torch.Tensor, *, bias: bool) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed.multiply(x_TI, bias=bias)
+        return F.linear(x_TI, self.weight, self.bias if bias else None)
 
 
 class AdaptedHead(AdaptedLinear):
@@ -121,13 +138,19 @@ class AdaptedHead(AdaptedLinear):
 
 
 def inject(
-    model: nn.Module, step: ActiveStep, head: str | None, head_step: ActiveStep, left_out: Collection[str] = ()
+    model: nn.Module,
+    step: ActiveStep,
+    head: str | None,
+    head_step: ActiveStep,
+    left_out: Collection[str] = (),
+    engine: Engine | None = None,
 ) -> dict[str, AdaptedLinear]:
     """Replace every linear of the model.
 
     Args:
         head: path of the output head; it is the only target of its own step. None where there is none.
         left_out: paths of linears that stay as they are.
+        engine: of the native backend, which then computes the products; None leaves them to torch.
 
     Returns:
         Module path → its replacement, in the order of `named_modules`, the head last where it is a linear. The position
@@ -140,10 +163,11 @@ def inject(
     adapted: dict[str, AdaptedLinear] = {}
     for index, name in enumerate(order):
         linear = linears[name]
+        packed = PackedLinear(engine, linear.weight, linear.bias) if engine and can_pack(linear.weight) else None
         if name == head:
-            adapted[name] = AdaptedHead(linear, 0, name, head_step)
+            adapted[name] = AdaptedHead(linear, 0, name, head_step, packed)
         else:
-            adapted[name] = AdaptedLinear(linear, index, name, step)
+            adapted[name] = AdaptedLinear(linear, index, name, step, packed)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted[name])
     return adapted

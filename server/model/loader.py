@@ -7,8 +7,9 @@ the first request: unknown attention features, and a paged forward that disagree
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
 from motet.adapters.base import BaseModel
-from motet.server.model.attention import KvCache, LayerShape, PagedAttention
+from motet.kernels.cpu.library import Engine
+from motet.server.engine.types import Span
+from motet.server.model.attention import AttentionBatch, KvCache, LayerShape, PagedAttention
 from motet.server.model.base import base_model, targets_of
 from motet.server.model.embedding import AdaptedEmbedding, is_served
 from motet.server.model.errors import ModelNotFoundError, UnsupportedModelError
 from motet.server.model.feature import HeadInput
 from motet.server.model.fingerprint import fingerprint
 from motet.server.model.inject import ActiveStep, inject
+from motet.server.model.native import NativeDecoder, native_decoder
 from motet.server.model.overlay import OverlaidModules, RowDims
 from motet.server.model.selfcheck import SelfCheck
 from motet.server.model.tokenizer import tokenizers_of
+
+logger = logging.getLogger(__name__)
 
 _attention_names = (f"motet_paged_{i}" for i in itertools.count())
 """transformers finds attention functions by name in one process-wide table: each loaded model gets its own."""
@@ -40,6 +46,8 @@ class LoadedModel:
 
     Attributes:
         base: what adapters may know of it.
+        native: computes whole steps; None where the base is of another shape or there is no native backend.
+        engine: of the native backend; None where there is none.
         step, head_step: where the linears, and the output head, find the step that runs.
         embedding_path, head_path: of the modules.
         max_length: positions it was trained for.
@@ -52,6 +60,8 @@ class LoadedModel:
     tokenizer: Any
     base: BaseModel
     attention: PagedAttention
+    native: NativeDecoder | None
+    engine: Engine | None
     step: ActiveStep
     head_step: ActiveStep
     embedding: AdaptedEmbedding
@@ -90,13 +100,14 @@ def choose_dtype(asked: str, device: torch.device, config: Any) -> torch.dtype:
     return torch.bfloat16 if own != torch.float32 and native else torch.float32
 
 
-def load(path: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
+def load(path: str, name: str, dtype: str, device: torch.device, engine: Engine | None = None) -> LoadedModel:
     """Load a causal language model that transformers knows.
 
     Args:
         path: a directory or a hub id.
         name: what requests call it.
         dtype: "auto" or a torch dtype's name.
+        engine: of the native backend, for what it computes; None leaves all to torch.
 
     Raises:
         ModelNotFoundError: there is no such model.
@@ -110,11 +121,14 @@ def load(path: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=resolved, attn_implementation="eager")
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"model {name!r} cannot be loaded as a causal language model: {error}") from error
-    return prepare(model.to(device).eval(), tokenizer, name)
+    return prepare(model.to(device).eval(), tokenizer, name, engine)
 
 
-def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:
+def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, engine: Engine | None = None) -> LoadedModel:
     """Make a loaded transformers model ready to serve.
+
+    Args:
+        engine: see `load`.
 
     Raises:
         UnsupportedModelError: its paged forward does not agree with its own.
@@ -131,7 +145,7 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
         head_path = _path(model, model.get_output_embeddings())
         embedding = model.get_input_embeddings()
         embedding_path = _path(model, embedding)
-        adapted = inject(model, step, head_path, head_step)
+        adapted = inject(model, step, head_path, head_step, engine=engine)
         unchanged = {
             path: module
             for path, module in model.named_modules()
@@ -139,12 +153,27 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
         }
         row_dims = RowDims(unchanged)
 
-        def forward(tokens_1T: torch.Tensor, positions_1T: torch.Tensor, rows_n: torch.Tensor) -> torch.Tensor:
+        def forward(
+            spans: Sequence[Span],
+            cache: KvCache,
+            tokens_1T: torch.Tensor,
+            positions_1T: torch.Tensor,
+            rows_n: torch.Tensor,
+        ) -> torch.Tensor:
             row_dims.expect(tokens_1T.shape[1])
+            attention.cache, attention.batch = cache, AttentionBatch(spans, cache, model.device)
             return _forward(model, tokens_1T, positions_1T, rows_n)
 
-        check.compare(forward, attention)
+        check.compare(forward)
+        attention.cache = attention.batch = None
         dims = row_dims.finish()
+        native = native_decoder(engine, model) if engine is not None else None
+        if native is not None:
+            try:
+                check.compare(native.forward)
+            except UnsupportedModelError as error:
+                logger.warning("%s is served through torch, several times slower: native, %s", name, error)
+                native = None
         looked_up = (embedding_path, embedding) if is_served(embedding) else None
         targets = targets_of(adapted, looked_up, head_path)
         end_tokens = _end_tokens(model, tokenizer)
@@ -155,6 +184,8 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Loaded
             tokenizer=tokenizer,
             base=base_model(name, digest, model, targets, {*dims, embedding_path}, tokenizers),
             attention=attention,
+            native=native,
+            engine=engine,
             step=step,
             head_step=head_step,
             embedding=AdaptedEmbedding(embedding, embedding.num_embeddings),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,10 @@ from motet.server.engine.types import GenerationId, Plan, Span, SpanResult, Toke
 from motet.server.model.attention import AttentionBatch
 from motet.server.model.batch import EffectsBuilder, StepChanges, logit_rows, token_tensors
 from motet.server.model.loader import LoadedModel
+from motet.server.model.native import NativeDecoder
 from motet.server.model.sampler import Draw, draw_tokens, logprobs, reports
+
+NATIVE = "native"
 
 
 class ModelRunner:
@@ -34,16 +38,35 @@ class ModelRunner:
         self._loaded = loaded
         self._cache = loaded.attention.cache
         self._effects = effects
+        self.rows: Counter[str] = Counter()
+        """How many were computed natively, and others by what kept them from it: the base or a kind of effect."""
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Sequence[SpanResult]:
-        """One forward for all rows of the plan; results in the order of its spans."""
-        spans, loaded = plan.spans, self._loaded
+        """One forward for all rows of the plan; results in the order of its spans.
+
+        Note: a second forward for those rows whose adapters a native step does not know, so that the others need not
+        wait for them.
+        """
+        native: list[int] = []
+        others: list[int] = []
+        for index, span in enumerate(plan.spans):
+            why_not = "base" if self._loaded.native is None else self._effects.division.modules_only(span)
+            self.rows[why_not or NATIVE] += len(span.tokens)
+            (others if why_not else native).append(index)
+        results: dict[int, SpanResult] = {}
+        for part, decoder in ((native, self._loaded.native), (others, None)):
+            if part:
+                results |= zip(part, self._run([plan.spans[index] for index in part], decoder), strict=True)
+        return [results[index] for index in range(len(plan.spans))]
+
+    def _run(self, spans: Sequence[Span], native: NativeDecoder | None) -> Sequence[SpanResult]:
+        """One forward for all rows of the spans, by the modules where it is not native."""
+        loaded = self._loaded
         needed, drawing = _logit_rows(spans)
         featured = _featured(spans)
         kept = sorted({*needed, *featured.values()})
         place = {row: index for index, row in enumerate(kept)}
-        loaded.attention.batch = AttentionBatch(spans, self._cache, loaded.device)
         changes = self._effects.build(spans)
         self._take(changes, _given(spans))
         unread = len(kept) - len(needed)
@@ -52,7 +75,13 @@ class ModelRunner:
         try:
             tokens_1T, positions_1T = token_tensors(spans, loaded.device)
             rows_n = torch.tensor(kept, dtype=torch.int64, device=loaded.device)
-            logits_nV = loaded.forward(tokens_1T, positions_1T, rows_n)
+            if native is not None:
+                logits_nV = native.forward(
+                    spans, self._cache, tokens_1T, positions_1T, rows_n, changes, features=bool(featured)
+                )
+            else:
+                loaded.attention.batch = AttentionBatch(spans, self._cache, loaded.device)
+                logits_nV = loaded.forward(tokens_1T, positions_1T, rows_n)
         finally:
             loaded.attention.batch = None
             self._take(StepChanges(), [])

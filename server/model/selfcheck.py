@@ -7,7 +7,7 @@ here and refused, instead of answering wrongly.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from motet.server.engine.types import BlockId, GenerationId, Sampling, Span
-from motet.server.model.attention import AttentionBatch, KvCache, LayerShape, PagedAttention, refuse_unknown
+from motet.server.model.attention import KvCache, LayerShape, refuse_unknown
 from motet.server.model.batch import token_tensors
 from motet.server.model.errors import UnsupportedModelError
 
@@ -50,25 +50,24 @@ class SelfCheck:
             model.set_attn_implementation(own)
 
     def compare(
-        self,
-        forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        attention: PagedAttention,
+        self, forward: Callable[[Sequence[Span], KvCache, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> None:
         """Compute the last logits of two sequences in three mixed steps and compare them with the model's own.
+
+        Args:
+            forward: of spans, a cache, tokens and positions [1, T] and the rows whose logits are needed.
 
         Raises:
             UnsupportedModelError: they differ by more than rounding explains.
         """
-        attention.cache = KvCache(self.layers, 2 * SEQUENCE, BLOCK_SIZE, self._dtype, self._device)
+        cache = KvCache(self.layers, 2 * SEQUENCE, BLOCK_SIZE, self._dtype, self._device)
         last: dict[int, torch.Tensor] = {}
         # A whole prompt beside half of another; the other's rest but one token; then its last token alone.
         for spans in ([(0, 0, SEQUENCE), (1, 0, 9)], [(1, 9, SEQUENCE - 1)], [(1, SEQUENCE - 1, SEQUENCE)]):
             step = [self._span(*span) for span in spans]
-            attention.batch = AttentionBatch(step, attention.cache, self._device)
             ends = torch.tensor([len(span.tokens) for span in step], device=self._device).cumsum(0) - 1
-            logits_nV = forward(*token_tensors(step, self._device), ends).float()
+            logits_nV = forward(step, cache, *token_tensors(step, self._device), ends).float()
             last.update(zip((sequence for sequence, _, _ in spans), logits_nV, strict=True))
-        attention.cache = attention.batch = None
         actual_2V = torch.stack([last[0], last[1]])
         deviation = float((actual_2V - self._expected_2V).square().mean().sqrt() / self._expected_2V.std())
         if not deviation <= TOLERANCE[self._dtype]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import examples
 from tests.e2e.process import Server
@@ -116,6 +117,19 @@ def test_a_stream_says_what_an_answer_at_once_says(answers: dict[tuple[str, str]
     assert len(models) >= 3
     for model in models:
         assert answers[model, f"{endpoint}, streamed"] == answers[model, endpoint], model
+
+
+def test_rows_are_computed_natively(answers: dict[tuple[str, str], Answer], server: Server) -> None:
+    """All but those of the examples with sparse changes, which are not of a whole native step."""
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    rows = {
+        sample.labels["path"]: sample.value
+        for f in families
+        for sample in f.samples
+        if sample.name == "motet_rows_total"
+    }
+    assert rows.keys() <= {"native", "sparse"}
+    assert rows["native"] > 5 * rows.get("sparse", 0)
 
 
 def test_usage_counts_tokens(answers: dict[tuple[str, str], Answer]) -> None:

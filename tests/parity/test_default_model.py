@@ -216,6 +216,9 @@ def _run(model_folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> di
         harness.load(name, folder)
     sampling = replace(GREEDY, max_tokens=TOKENS, stop_token_ids=harness.loaded.end_tokens)
     made = harness.run([(prompt, USING[name]) for name in NAMES for prompt in prompts], sampling)
+    # Rows of the base and of low-rank adapters in whole native steps; those of S²FT beside them, through the modules.
+    assert harness.runner.rows.keys() == {"native", "sparse"}
+    assert harness.runner.rows["native"] > 5 * harness.runner.rows["sparse"]
     return {name: made[i * len(prompts) : (i + 1) * len(prompts)] for i, name in enumerate(NAMES)}
 
 

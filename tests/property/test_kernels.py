@@ -35,11 +35,14 @@ def test_cpu_equals_reference_equals_dense(
 ) -> None:
     shapes, ranks = targets
     case = make_case(batch, ranks, shapes, unit=UNIT, dtype=torch.float32, gate=gate, seed=seed)
-    for c, (cpu, reference) in enumerate(zip(case.run("cpu"), case.run("reference"), strict=True)):
+    reference_TO = case.run("reference")
+    for c, reference in enumerate(reference_TO):
         TOLERANCES["low_rank reference", torch.float32].assert_close(
             reference, case.expected_TO[c], case.magnitude_TO[c]
         )
-        TOLERANCES["low_rank", torch.float32].assert_close(cpu, reference, case.magnitude_TO[c])
+    for backend in ("cpu", "native"):
+        for c, actual in enumerate(case.run(backend)):
+            TOLERANCES["low_rank", torch.float32].assert_close(actual, reference_TO[c], case.magnitude_TO[c])
 
 
 @settings(max_examples=10, deadline=None)  # the interpreter is slow

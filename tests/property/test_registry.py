@@ -39,6 +39,7 @@ from motet.adapters.origin import Origin, folders
 from motet.adapters.registry import Registry
 from motet.adapters.standing import State
 from motet.adapters.tiers import Tiers
+from motet.adapters.version import Digest
 from tests.support.bases import base_of, residency_of
 from tests.support.models import save_peft, tiny_llama
 from tests.support.names import Names
@@ -94,39 +95,27 @@ class Machine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------ changes
 
-    @rule(name=NAMES, source=SOURCES)
-    def publish(self, name: str, source: str) -> None:
-        info = self.registry.publish(name, Origin(source), NO_TERMS)
-        assert info.version.digest == World.digests[source]
-        self.model.publish(name, info.version.digest)
-
-    @rule(name=NAMES, source=SOURCES, expected=st.sampled_from([None, True, False, "0", "1", "2", "3"]))
-    def publish_on_condition(self, name: str, source: str, expected: str | bool | None) -> None:
+    @rule(name=NAMES, source=SOURCES, on=st.sampled_from(["", "", "", "*", "new", "0", "1", "absent", "full"]))
+    def publish(self, name: str, source: str, on: str) -> None:
+        """On a condition, from a source that is not there, or to a disk that is full."""
         now = self.model.versions.get(name, [None])[0]
         condition, error = ANY, None
-        if expected is True:
+        if on == "*":
             condition, error = KNOWN, AdapterNotFoundError if now is None else None
-        elif expected is False:
+        elif on == "new":
             condition, error = NEW, None if now is None else AdapterExistsError
-        elif expected is not None:
-            condition = Condition(World.digests[expected])  # type: ignore[arg-type]
-            error = None if now == World.digests[expected] else VersionConflictError
+        elif on in World.digests:
+            condition = Condition(Digest(World.digests[on]))
+            error = None if now == World.digests[on] else VersionConflictError
+        elif on == "absent":
+            source, error = on, SourceNotFoundError
+        elif on == "full":
+            self.registry.catalogue._audit, error = self._full, CatalogueError  # type: ignore[method-assign]
         with pytest.raises(error) if error else contextlib.nullcontext():
             self.registry.publish(name, Origin(source), Terms(condition))
+        self.registry.catalogue.__dict__.pop("_audit", None)
         if error is None:
             self.model.publish(name, World.digests[source])
-
-    @rule(name=NAMES, source=st.sampled_from(["absent", "0"]))
-    def publish_in_vain(self, name: str, source: str) -> None:
-        """The source is not there, or the disk is full; nothing changes."""
-        error: type[Exception] = SourceNotFoundError
-        if source == "0":
-            error, self.registry.catalogue._audit = CatalogueError, self._broken  # type: ignore[method-assign]
-        try:
-            with pytest.raises(error):
-                self.registry.publish(name, Origin(source), NO_TERMS)
-        finally:
-            self.registry.catalogue.__dict__.pop("_audit", None)
 
     @precondition(lambda self: self.model.versions)
     @rule(pick=PICKS, to=st.integers(0, KEPT))
@@ -152,17 +141,19 @@ class Machine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------ requests
 
-    @rule(name=NAMES, asked=st.sampled_from([None, "0", "1", "2", "3"]))
-    def lease(self, name: str, asked: str | None) -> None:
+    @precondition(lambda self: self.model.versions)
+    @rule(pick=PICKS, asked=st.sampled_from(["", "", "", "0", "1"]), held=st.booleans())
+    def lease(self, pick: int, asked: str, held: bool) -> None:
         """I5: what a name means is found out once."""
-        now = self.model.versions.get(name, [None])[0]
-        exact = None if asked is None else World.digests[asked]
-        error = AdapterNotFoundError if now is None else VersionNotServedError if exact not in (None, now) else None
-        with pytest.raises(error) if error else contextlib.nullcontext():
-            lease = self.registry.acquire(name if exact is None else f"{name}@{exact[:12]}")
-        if error is None:
-            assert now is not None
-            self.leases.append((lease, name, now))
+        name = self._name(pick)
+        now, exact = self.model.versions[name][0], World.digests.get(asked)
+        if exact not in (None, now):
+            with pytest.raises(VersionNotServedError):
+                self.registry.acquire(f"{name}@{exact}")
+            return
+        self.leases.append((self.registry.acquire(f"{name}@{exact[:12]}" if exact else name), name, now))
+        if held:
+            self.hold(len(self.leases) - 1)
 
     @precondition(lambda self: self.leases)
     @rule(pick=PICKS)
@@ -192,6 +183,7 @@ class Machine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------ deaths
 
+    @precondition(lambda self: self.deaths < 3)
     @rule(torn=st.booleans())
     def crash(self, torn: bool) -> None:
         """What is on the disk is copied, as a killed process leaves it, in the middle of a change or not."""
@@ -264,6 +256,7 @@ class Machine(RuleBasedStateMachine):
         residency = residency_of(World.base, ON_DEVICE * World.one_bytes)
         self.tiers = Tiers(residency, HostTier(ON_HOST * 2 * World.one_bytes), None, World.base.fingerprint)
         catalogue, resolve = Catalogue(self.file, World.base.fingerprint, KEPT), folders([World.root])
+        catalogue._db.execute("PRAGMA synchronous = OFF")  # what is copied is what was written, not what is on the disk
         registry = Registry(World.base, residency, tiers=self.tiers, catalogue=catalogue, resolve=resolve)
         registry.restore(lambda name: None)
         return registry
@@ -276,7 +269,7 @@ class Machine(RuleBasedStateMachine):
         return sorted(self.model.versions)[pick % len(self.model.versions)]
 
     @staticmethod
-    def _broken(*_: Any) -> None:
+    def _full(*_: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     def _a_at(self, lease: Lease) -> torch.Tensor:
@@ -290,8 +283,8 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=40,
-    stateful_step_count=30,
+    max_examples=60,
+    stateful_step_count=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -18,6 +18,7 @@ from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.adapters.spec import NOTHING_DECLARED, Declared
 from motet.adapters.tiers import Tiers
+from motet.kernels.cpu.library import Processor
 from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
@@ -27,6 +28,7 @@ from motet.server.model.batch import EffectsBuilder
 from motet.server.model.loader import LoadedModel, prepare
 from motet.server.model.runner import ModelRunner
 from motet.server.serve import new_residency
+from tests.support.native import native_engine
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 Part = tuple[str, tuple[float, ...] | None]
@@ -68,10 +70,13 @@ class Harness:
         rows: int = 64,
         generations: int = 32,
         arena_bytes: int = 64 << 20,
+        native: bool = True,
+        processor: Processor | None = None,
         host_bytes: int = HOST_BYTES,
         cache: LoweredCache | None = None,
     ) -> None:
-        self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base")
+        engine = native_engine(processor) if native and backend == "cpu" else None
+        self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base", engine)
         self.loaded.allocate_cache(blocks, block_size)
         residency, base = new_residency(self.loaded, arena_bytes), self.loaded.base
         tiers = Tiers(residency, HostTier(host_bytes), cache, base.fingerprint)
@@ -83,6 +88,7 @@ class Harness:
             backend,
             embedding=self.loaded.embedding_path,
             head=self.loaded.head_path,
+            engine=engine,
         )
         self.runner = RecordingRunner(self.loaded, effects)
         self.pool = BlockPool(blocks, block_size)

@@ -14,8 +14,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from motet.kernels.dispatch import Backend, low_rank_plan
+from motet.kernels.cpu.library import Engine
+from motet.kernels.dispatch import LowRankBackend, low_rank_plan
 from motet.kernels.segments import Gates, Segments, TargetShape
+from tests.support.native import native_engine
 
 Gate = Literal["none", "random", "zero", "one-hot"]
 
@@ -46,9 +48,14 @@ class Case:
     def n_rows(self) -> int:
         return len(self.y_TO[0])
 
-    def run(self, backend: Backend) -> list[torch.Tensor]:
-        """[C] what the backend makes of y; asserts that it was this backend."""
-        plan = low_rank_plan(backend, self.arena_NU, self.shapes, self.segments, self.n_rows)
+    def run(self, backend: LowRankBackend, engine: Engine | None = None) -> list[torch.Tensor]:
+        """[C] what the backend makes of y; asserts that it was this backend.
+
+        Args:
+            engine: of the native backend; None is the fastest of this machine.
+        """
+        engine = native_engine() if engine is None and backend == "native" else engine
+        plan = low_rank_plan(backend, self.arena_NU, self.shapes, self.segments, self.n_rows, engine)
         assert plan.backend == backend
         outputs = []
         for target, (x_TI, y_TO) in enumerate(zip(self.x_TI, self.y_TO, strict=True)):

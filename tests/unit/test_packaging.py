@@ -51,7 +51,13 @@ def test_test_folders_are_packages() -> None:
     assert [folder for folder in folders if not (ROOT / folder / "__init__.py").exists()] == []
 
 
-def test_the_wheel_holds_every_module_and_no_tests(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", [True, False], ids=["with a compiler", "without"])
+def test_the_wheel_holds_every_module_and_no_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: bool
+) -> None:
+    if not compiler:
+        for variable in ("CC", "CXX"):
+            monkeypatch.setenv(variable, "/nowhere/c++")
     source = tmp_path / "source"  # a build leaves files behind
     source.mkdir()
     for name in ["pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]]:
@@ -60,12 +66,13 @@ def test_the_wheel_holds_every_module_and_no_tests(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("motet-*-py3-none-any.whl")
+    (wheel,) = tmp_path.glob("motet-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = {Path(name).name for name in archive.namelist()} - {Path(name).name for name in names}
     expected = {f"motet/{path}" for path in python_files(*PARTS)} | {f"motet/{part}/py.typed" for part in PARTS}
     assert {name for name in names if name.endswith((".py", ".typed"))} == expected
+    assert [Path(name).name.partition(".")[0] for name in names if name.endswith(".so")] == ["_native"] * compiler
     assert [name for name in names if not name.startswith(("motet/adapters/", "motet/kernels/", "motet/server/"))] == []
     assert {"LICENSE", "entry_points.txt"} <= metadata
 

@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from motet.kernels.dispatch import Backend, low_rank_plan
+from motet.kernels.dispatch import LowRankBackend, low_rank_plan
 from motet.kernels.segments import Gates, Segments
 from tests.support.low_rank import Case, Gate, Run, make_case
+from tests.support.native import native_engine
 from tests.support.tolerances import TOLERANCES
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-FAST: list[tuple[Backend, torch.dtype]] = [("cpu", FP32), ("cpu", BF16), ("triton", FP32), ("triton", FP16)]
-ALL: list[tuple[Backend, torch.dtype]] = [("reference", FP32), ("reference", BF16), ("reference", FP16), *FAST]
+FAST: list[tuple[LowRankBackend, torch.dtype]] = [
+    ("cpu", FP32),
+    ("cpu", BF16),
+    ("native", FP32),
+    ("native", BF16),
+    ("triton", FP32),
+    ("triton", FP16),
+]
+ALL: list[tuple[LowRankBackend, torch.dtype]] = [("reference", FP32), ("reference", BF16), ("reference", FP16), *FAST]
 
 # None of the widths is a power of two. The first and the last target are alike, so that they are prepared together.
 UNIT = 96
@@ -47,12 +55,12 @@ def test_reference_equals_dense_products(dtype: torch.dtype, batch: str, gate: G
 
 @pytest.mark.parametrize(("batch", "gate"), CASES)
 @pytest.mark.parametrize(("backend", "dtype"), FAST, ids=str)
-def test_backend_equals_reference(backend: Backend, dtype: torch.dtype, batch: str, gate: Gate) -> None:
+def test_backend_equals_reference(backend: LowRankBackend, dtype: torch.dtype, batch: str, gate: Gate) -> None:
     check_against_reference(make_case(BATCHES[batch], RANKS, SHAPES, unit=UNIT, dtype=dtype, gate=gate), backend)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), FAST, ids=str)
-def test_wide_targets(backend: Backend, dtype: torch.dtype) -> None:
+def test_wide_targets(backend: LowRankBackend, dtype: torch.dtype) -> None:
     """The loops over in, out and rank blocks all go round."""
     runs = [Run(0, 1), Run(1, 2)]
     case = make_case(runs, [[3, 70], [16, 1]], [(1536, 576), (576, 1536)], unit=192, dtype=dtype)
@@ -68,13 +76,13 @@ def test_triton_equals_reference_on_cuda(dtype: torch.dtype, batch: str, gate: G
     check_against_reference(case, "triton")
 
 
-def check_against_reference(case: Case, backend: Backend) -> None:
+def check_against_reference(case: Case, backend: LowRankBackend) -> None:
     for c, (actual, expected) in enumerate(zip(case.run(backend), case.run("reference"), strict=True)):
         TOLERANCES["low_rank", actual.dtype].assert_close(actual, expected, case.magnitude_TO[c])
 
 
 @pytest.mark.parametrize(("backend", "dtype"), ALL, ids=str)
-def test_rows_without_adapter_keep_their_value(backend: Backend, dtype: torch.dtype) -> None:
+def test_rows_without_adapter_keep_their_value(backend: LowRankBackend, dtype: torch.dtype) -> None:
     runs = BATCHES["prefill and decode"]
     case = make_case(runs, RANKS, SHAPES, unit=UNIT, dtype=dtype)
     base = torch.tensor([run.adapter is None for run in runs for _ in range(run.n_rows)])
@@ -83,7 +91,7 @@ def test_rows_without_adapter_keep_their_value(backend: Backend, dtype: torch.dt
 
 
 @pytest.mark.parametrize(("backend", "dtype"), ALL, ids=str)
-def test_rows_do_not_depend_on_their_neighbours(backend: Backend, dtype: torch.dtype) -> None:
+def test_rows_do_not_depend_on_their_neighbours(backend: LowRankBackend, dtype: torch.dtype) -> None:
     """A request's answer must not change with who else is in the batch."""
     batch = make_case(BATCHES["decode"], RANKS, SHAPES, unit=UNIT, dtype=dtype, gate="random")
     together = batch.run(backend)
@@ -117,7 +125,7 @@ def _segment(segments: Segments, s: int) -> Segments:
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # the interpreter's numpy
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize(("backend", "dtype"), ALL, ids=str)
-def test_a_poisoned_row_poisons_no_other(backend: Backend, dtype: torch.dtype, poison: float) -> None:
+def test_a_poisoned_row_poisons_no_other(backend: LowRankBackend, dtype: torch.dtype, poison: float) -> None:
     case = make_case(BATCHES["decode"], RANKS, SHAPES, unit=UNIT, dtype=dtype)
     before = case.run(backend)
     for x_TI in case.x_TI:
@@ -127,7 +135,7 @@ def test_a_poisoned_row_poisons_no_other(backend: Backend, dtype: torch.dtype, p
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # the interpreter's numpy
 @pytest.mark.parametrize(("backend", "dtype"), [*ALL, ("cpu", FP16)], ids=str)
-def test_an_overflowing_adapter_poisons_no_other(backend: Backend, dtype: torch.dtype) -> None:
+def test_an_overflowing_adapter_poisons_no_other(backend: LowRankBackend, dtype: torch.dtype) -> None:
     """Its A is finite, as the contract asks, but A x is not."""
     case = make_case(BATCHES["decode"], RANKS, SHAPES, unit=UNIT, dtype=dtype)
     before = case.run(backend)
@@ -137,7 +145,7 @@ def test_an_overflowing_adapter_poisons_no_other(backend: Backend, dtype: torch.
     _check_all_but_row_3(case, backend, before)
 
 
-def _check_all_but_row_3(case: Case, backend: Backend, before: list[torch.Tensor]) -> None:
+def _check_all_but_row_3(case: Case, backend: LowRankBackend, before: list[torch.Tensor]) -> None:
     """Only row 3 reads adapter 3."""
     others = [0, 1, 2, 4, 5, 6]
     for c, actual in enumerate(case.run(backend)):
@@ -146,18 +154,18 @@ def _check_all_but_row_3(case: Case, backend: Backend, before: list[torch.Tensor
         )
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_no_live_adapter_costs_nothing(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "native", "triton"])
+def test_no_live_adapter_costs_nothing(backend: LowRankBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Target 0 of adapter 1 has rank 0: its tensors are not even looked at, and no kernel is launched."""
     for kernel in ("shrink", "expand"):
         monkeypatch.setattr(f"motet.kernels.triton.plan.{kernel}", None)
     case = make_case([Run(1, 4), Run(None, 2)], RANKS, SHAPES, unit=UNIT, dtype=FP32)
-    plan = low_rank_plan(backend, case.arena_NU, case.shapes, case.segments, case.n_rows)
+    plan = low_rank_plan(backend, case.arena_NU, case.shapes, case.segments, case.n_rows, native_engine())
     plan.add_(0, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("backend", "dtype"), FAST, ids=str)
-def test_results_repeat_bit_for_bit(backend: Backend, dtype: torch.dtype) -> None:
+def test_results_repeat_bit_for_bit(backend: LowRankBackend, dtype: torch.dtype) -> None:
     case = make_case(BATCHES["prefill and decode"], RANKS, SHAPES, unit=UNIT, dtype=dtype, gate="random")
     for first, second in zip(case.run(backend), case.run(backend), strict=True):
         assert torch.equal(first, second)

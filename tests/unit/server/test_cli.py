@@ -62,6 +62,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "name": ("m", "m"),
     "dtype": ("float32", "float32"),
     "device": ("cpu", "cpu"),
+    "native": ("off", "off"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("81", 81),
     "adapter": ("a=b", ("a=b",)),

@@ -1,0 +1,196 @@
+// One step of a decoder of Llama's shape, and single products for all other bases.
+//
+// Must not know: which model it is, text, how logits become tokens. The residual stream stays in float32; what a
+// product reads is rounded to the element once.
+#pragma once
+#include "adapters.h"
+#include "attention.h"
+
+namespace motet {
+namespace {
+
+// x · rsqrt(mean(x²) + eps) ⊙ weight
+template <class E>
+void normalise(const float *x, const float *weight, int64_t width, double eps, typename E::type *out) {
+  f32v squares{};
+  for (int64_t i = 0; i < width; i += LANES) {
+    const f32v some = load<f32v>(x + i, width - i);
+    squares += some * some;
+  }
+  const float mean = sum_of(squares) / static_cast<float>(width) + static_cast<float>(eps);
+  const float factor = 1.f / __builtin_sqrtf(mean);
+  for (int64_t i = 0; i < width; i += LANES)
+    E::write(out + i, load<f32v>(x + i, width - i) * factor * load<f32v>(weight + i, width - i), width - i);
+}
+
+template <class E>
+class Decoder {
+ public:
+  using Element = typename E::type;
+
+  Decoder(Engine &engine, const Step &step)
+      : engine_(engine), step_(step), model_(*step.model), rows_(step.rows), adapters_(engine, step.effects, step.rows),
+        attention_(engine, model_, step) {
+    const Layer &layer = model_.layers[0];
+    query_ = engine.buffer<Element>(Use::Query, rows_ * layer.q.out);
+    attended_ = engine.buffer<Element>(Use::Attended, rows_ * layer.q.out);
+    activated_ = engine.buffer<Element>(Use::Activated, rows_ * layer.gate.out);
+    projected_ = engine.buffer<float>(Use::Projected, rows_ * (layer.q.out + layer.k.out + layer.v.out));
+    normed_ = engine.buffer<Element>(Use::Normed, rows_ * model_.hidden);
+    hidden_ = engine.buffer<float>(Use::Hidden, rows_ * model_.hidden);
+  }
+
+  void run() {
+    const Element *embedded = static_cast<const Element *>(step_.embedded);
+    const int64_t count = rows_ * model_.hidden;
+    for (int64_t i = 0; i < count; i += LANES) store(hidden_ + i, E::read(embedded + i, count - i), count - i);
+    for (int64_t i = 0; i < model_.n_layers; i++) {
+      attend(model_.layers[i]);
+      feed_forward(model_.layers[i]);
+    }
+    Element *normed = static_cast<Element *>(step_.normed);
+    for (int64_t i = 0; i < step_.n_kept; i++)
+      normalise<E>(hidden_ + step_.kept[i] * model_.hidden, model_.final_norm, model_.hidden, model_.eps, normed + i * model_.hidden);
+    if (step_.logits == nullptr) return;
+    columns<E>(engine_, model_.head, step_.n_kept, normed,
+               [&](int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+                 put(step_.logits, model_.head.out, row, n, tile, output, outputs);
+               });
+  }
+
+ private:
+  void attend(const Layer &layer) {
+    norm_all(layer.attention_norm);
+    const Linear *const linears[] = {&layer.q, &layer.k, &layer.v};
+    const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, normed_);
+    float *q = projected_, *k = q + rows_ * layer.q.out, *v = k + rows_ * layer.k.out;
+    float *const outs[] = {q, k, v};
+    for (int i = 0; i < 3; i++)
+      apply(*linears[i], normed_, shrunk.of(i), shrunk.stride,
+            [&, i](int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+              put(outs[i], linears[i]->out, row, n, tile, output, outputs);
+            });
+    attention_.clear_begun(layer);
+    by_rows([&](int64_t row) {
+      attention_.place(layer, row, q + row * layer.q.out, k + row * layer.k.out, v + row * layer.v.out, query_ + row * layer.q.out);
+    });
+    attention_.attend(layer, query_, attended_);
+    add_to_hidden(layer.o, attended_);
+  }
+
+  void feed_forward(const Layer &layer) {
+    norm_all(layer.ffn_norm);
+    const Linear *const linears[] = {&layer.gate, &layer.up};
+    const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, normed_);
+    const int64_t width = layer.gate.out;
+    apply(layer.gate, normed_, shrunk.of(0), shrunk.stride,
+          [&](int64_t row, int64_t n, float *gate, int64_t output, int64_t outputs) {
+            alignas(64) float up[TILE * GROUP];
+            product<E>(layer.up, output / GROUP, n, normed_ + row * layer.up.in, up);
+            adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, row, n, up, output, outputs);
+            for (int64_t r = 0; r < n; r++)
+              for (int64_t i = 0; i < outputs; i += LANES) {
+                const f32v x = load<f32v>(gate + r * GROUP + i), y = load<f32v>(up + r * GROUP + i);
+                E::write(activated_ + (row + r) * width + output + i, x / (1.f + exp_of(-x)) * y, outputs - i);
+              }
+          });
+    add_to_hidden(layer.down, activated_);
+  }
+
+  // each(…) of the linear's output with what the adapters add.
+  template <class Each>
+  void apply(const Linear &linear, const Element *x, const float *shrunk, int64_t stride, Each each) {
+    columns<E>(engine_, linear, rows_, x, [&](int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
+      adapters_.finish(linear, shrunk, stride, row, n, tile, output, outputs);
+      each(row, n, tile, output, outputs);
+    });
+  }
+
+  void add_to_hidden(const Linear &linear, const Element *x) {
+    const Linear *const linears[] = {&linear};
+    const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, x);
+    apply(linear, x, shrunk.of(0), shrunk.stride,
+          [&](int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+            for (int64_t r = 0; r < n; r++)
+              for (int64_t i = 0; i < outputs; i += LANES) {
+                float *h = hidden_ + (row + r) * model_.hidden + output + i;
+                store(h, load<f32v>(h, outputs - i) + load<f32v>(tile + r * GROUP + i), outputs - i);
+              }
+          });
+  }
+
+  void norm_all(const float *weight) {
+    by_rows([&](int64_t row) {
+      normalise<E>(hidden_ + row * model_.hidden, weight, model_.hidden, model_.eps, normed_ + row * model_.hidden);
+    });
+  }
+
+  // A few rows take less time than telling another thread of them.
+  template <class Each>
+  void by_rows(Each each) {
+    const int64_t cut = 8;
+    parallel(engine_.pool, ceil_div(rows_, cut), [&](int64_t chunk, int) {
+      for (int64_t row = chunk * cut; row < least(rows_, (chunk + 1) * cut); row++) each(row);
+    });
+  }
+
+  static MOTET_INLINE void put(float *out, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t i = 0; i < outputs; i += LANES)
+        store(out + (row + r) * width + output + i, load<f32v>(tile + r * GROUP + i), outputs - i);
+  }
+
+  Engine &engine_;
+  const Step &step_;
+  const Model &model_;
+  int64_t rows_;
+  Adapters<E> adapters_;
+  Attention<E> attention_;
+  Element *query_, *attended_, *activated_, *normed_;
+  float *projected_, *hidden_;
+};
+
+template <class E>
+void write_tile(typename E::type *y, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+  for (int64_t r = 0; r < n; r++)
+    for (int64_t i = 0; i < outputs; i += LANES)
+      E::write(y + (row + r) * width + output + i, load<f32v>(tile + r * GROUP + i), outputs - i);
+}
+
+// y = W x + c
+template <class E>
+void linear(Engine &engine, const Linear &linear, int64_t rows, const void *x, void *y) {
+  const Adapters<E> nobody(engine, nullptr, rows);
+  columns<E>(engine, linear, rows, static_cast<const typename E::type *>(x),
+             [&](int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
+               nobody.finish(linear, nullptr, 0, row, n, tile, output, outputs);
+               write_tile<E>(static_cast<typename E::type *>(y), linear.out, row, n, tile, output, outputs);
+             });
+}
+
+// y += B (g ⊙ (A x)); the linear's weight is not read.
+template <class E>
+void low_rank(Engine &engine, const Effects &effects, const Linear &linear, int64_t rows, const void *x, void *y) {
+  using Element = typename E::type;
+  const Adapters<E> adapters(engine, &effects, rows);
+  const Linear *const linears[] = {&linear};
+  const auto shrunk = shrink_all<E>(engine, adapters, linears, rows, static_cast<const Element *>(x));
+  if (shrunk.values == nullptr) return;
+  Element *out = static_cast<Element *>(y);
+  const int64_t groups = ceil_div(linear.out, GROUP);
+  parallel(engine.pool, groups, [&](int64_t group, int) {
+    alignas(64) float tile[TILE * GROUP];
+    const int64_t output = group * GROUP, outputs = least(GROUP, linear.out - output);
+    for (int64_t row = 0; row < rows; row += TILE) {
+      const int64_t n = least(TILE, rows - row);
+      for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < outputs; i += LANES)
+          store(tile + r * GROUP + i, E::read(out + (row + r) * linear.out + output + i, outputs - i));
+      adapters.finish(linear, shrunk.of(0), shrunk.stride, row, n, tile, output, outputs);
+      write_tile<E>(out, linear.out, row, n, tile, output, outputs);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace motet

@@ -1,0 +1,6 @@
+// For any processor.
+#include "kernels.h"
+
+namespace motet {
+const Kernels PLAIN = kernels();
+}

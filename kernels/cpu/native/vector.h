@@ -1,0 +1,127 @@
+// Sixteen lanes, whatever the processor: the compiler splits them where its registers are narrower.
+//
+// Must not know: layers, adapters. Included once by each of plain.cpp, avx2.cpp and avx512.cpp, so everything lies in
+// an unnamed namespace: code for one processor must never be linked in place of code for another.
+//
+// An element is a float32 or a bfloat16. Products see rows as units of four bytes, one float32 or two bfloat16: `dot`
+// adds the products of the elements in each unit.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace motet {
+namespace {
+
+#define MOTET_INLINE inline __attribute__((always_inline))
+
+constexpr int LANES = 16;
+
+typedef float f32v __attribute__((vector_size(64)));
+typedef int32_t i32v __attribute__((vector_size(64)));
+typedef uint32_t u32v __attribute__((vector_size(64)));
+typedef uint16_t u16v __attribute__((vector_size(32)));
+
+MOTET_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MOTET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+MOTET_INLINE f32v broadcast(float x) { return f32v{} + x; }
+
+// The first n lanes; the others are zero.
+template <class V>
+MOTET_INLINE V load(const void *from, int64_t n = LANES) {
+  V value{};
+  constexpr size_t lane = sizeof(V) / LANES;
+  if (n >= LANES)
+    std::memcpy(&value, from, sizeof(V));
+  else
+    std::memcpy(&value, from, static_cast<size_t>(n) * lane);
+  return value;
+}
+
+template <class V>
+MOTET_INLINE void store(void *to, V value, int64_t n = LANES) {
+  constexpr size_t lane = sizeof(V) / LANES;
+  if (n >= LANES)
+    std::memcpy(to, &value, sizeof(V));
+  else
+    std::memcpy(to, &value, static_cast<size_t>(n) * lane);
+}
+
+// The upper half of each float, rounded to nearest even; NaN stays NaN.
+MOTET_INLINE u32v upper_half(f32v x) {
+  const u32v bits = reinterpret_cast<u32v>(x);
+  const u32v rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : (u32v{} + 0x7fc0);
+}
+
+struct Float {
+  using type = float;
+  static constexpr int PER_UNIT = 1;
+  static MOTET_INLINE f32v read(const type *from, int64_t n = LANES) { return load<f32v>(from, n); }
+  static MOTET_INLINE void write(type *to, f32v x, int64_t n = LANES) { store(to, x, n); }
+  static MOTET_INLINE f32v dot(f32v sum, u32v a, u32v b) {
+    return sum + reinterpret_cast<f32v>(a) * reinterpret_cast<f32v>(b);
+  }
+  static MOTET_INLINE void split(u32v units, f32v *parts) { parts[0] = reinterpret_cast<f32v>(units); }
+  static MOTET_INLINE u32v join(const f32v *parts) { return reinterpret_cast<u32v>(parts[0]); }
+};
+
+struct Bfloat {
+  using type = uint16_t;
+  static constexpr int PER_UNIT = 2;
+  static MOTET_INLINE f32v read(const type *from, int64_t n = LANES) {
+    return reinterpret_cast<f32v>(__builtin_convertvector(load<u16v>(from, n), u32v) << 16);
+  }
+  static MOTET_INLINE void write(type *to, f32v x, int64_t n = LANES) {
+    store(to, __builtin_convertvector(upper_half(x), u16v), n);
+  }
+  static MOTET_INLINE f32v dot(f32v sum, u32v a, u32v b) {
+#if defined(MOTET_DOT_BF16)
+    return reinterpret_cast<f32v>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+#else
+    const f32v even = reinterpret_cast<f32v>(a << 16) * reinterpret_cast<f32v>(b << 16);
+    return sum + even + reinterpret_cast<f32v>(a & 0xffff0000u) * reinterpret_cast<f32v>(b & 0xffff0000u);
+#endif
+  }
+  static MOTET_INLINE void split(u32v units, f32v *parts) {
+    parts[0] = reinterpret_cast<f32v>(units << 16);
+    parts[1] = reinterpret_cast<f32v>(units & 0xffff0000u);
+  }
+  static MOTET_INLINE u32v join(const f32v *parts) { return upper_half(parts[0]) | upper_half(parts[1]) << 16; }
+};
+
+MOTET_INLINE float sum_of(f32v x) {
+  x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return x[0] + x[1];
+}
+
+MOTET_INLINE float largest_of(f32v x) {
+  float largest = x[0];
+  for (int i = 1; i < LANES; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// e^x to 2 units in the last place; arguments beyond ±87 count as ±87, NaN stays NaN.
+MOTET_INLINE f32v exp_of(f32v x) {
+  x = x < -87.f ? broadcast(-87.f) : x;
+  x = x > 87.f ? broadcast(87.f) : x;
+  const f32v magic = broadcast(12582912.f);  // 1.5 · 2²³: adding it rounds to an integer in the low bits
+  const f32v shifted = x * 1.44269504f + magic;
+  const f32v n = shifted - magic;
+  const f32v f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32v p = broadcast(1.f / 5040);  // Taylor's series: |f| ≤ ln 2 / 2, so the next term is below 6e-9
+  p = p * f + 1.f / 720;
+  p = p * f + 1.f / 120;
+  p = p * f + 1.f / 24;
+  p = p * f + 1.f / 6;
+  p = p * f + .5f;
+  p = p * f + 1.f;
+  p = p * f + 1.f;
+  return reinterpret_cast<f32v>(reinterpret_cast<i32v>(p) + (reinterpret_cast<i32v>(shifted) << 23));
+}
+
+}  // namespace
+}  // namespace motet

@@ -1,0 +1,64 @@
+"""Weights in the order in which the native products read them.
+
+Must not know: models, adapters. A bfloat16 weight [O, I] becomes blocks of 16 outputs; in a block, pairs of inputs of
+each of the 16 outputs. Float32 has single inputs in place of pairs. Outputs beyond the last are zero.
+
+Shapes: O/I out and in width, B blocks, U units of four bytes of an input row, E elements of a unit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from motet.kernels.cpu.library import DTYPES, LANES, Engine, Linear, address
+
+
+def can_pack(weight_OI: torch.Tensor) -> bool:
+    """Whether there is a native product for this dtype and width."""
+    return (
+        weight_OI.device.type == "cpu" and weight_OI.dtype in DTYPES and weight_OI.shape[1] % _elements(weight_OI) == 0
+    )
+
+
+def packed_shape(weight_OI: torch.Tensor) -> tuple[int, int, int, int]:
+    """[B, U, 16, E]."""
+    out_width, in_width = weight_OI.shape
+    elements = _elements(weight_OI)
+    return (-(-out_width // LANES), in_width // elements, LANES, elements)
+
+
+def pack(weight_OI: torch.Tensor) -> torch.Tensor:
+    """[B, U, 16, E] of the same dtype."""
+    blocks, units, _, elements = packed_shape(weight_OI)
+    whole_OI = torch.nn.functional.pad(weight_OI, (0, 0, 0, blocks * LANES - len(weight_OI)))
+    return whole_OI.view(blocks, LANES, units, elements).transpose(1, 2).contiguous()
+
+
+def unpack(packed_BULE: torch.Tensor, out_width: int) -> torch.Tensor:
+    """[O, I], a copy."""
+    return packed_BULE.transpose(1, 2).reshape(len(packed_BULE) * LANES, -1)[:out_width]
+
+
+def _elements(weight_OI: torch.Tensor) -> int:
+    return 4 // weight_OI.itemsize
+
+
+class PackedLinear:
+    """A linear's own product, with a packed copy of its weight."""
+
+    def __init__(self, engine: Engine, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        self._engine = engine
+        self._packed = pack(weight_OI)
+        self._bias = None if bias_O is None else bias_O.detach().float().contiguous()
+        self.out_width, self.in_width = weight_OI.shape
+
+    def described(self, target: int = 0, *, bias: bool = True) -> Linear:
+        """As the native functions read it; the weight must outlive it."""
+        known = None if self._bias is None or not bias else address(self._bias)
+        return Linear(address(self._packed), known, self.in_width, self.out_width, target)
+
+    def multiply(self, x_TI: torch.Tensor, *, bias: bool) -> torch.Tensor:
+        """[T, O] W x, with the bias where asked for and there is one."""
+        y_TO = torch.empty((len(x_TI), self.out_width), dtype=x_TI.dtype)
+        self._engine.linear(self.described(bias=bias), x_TI.contiguous(), y_TO)
+        return y_TO

@@ -1,0 +1,189 @@
+"""What a step of the default model takes on a CPU: the native backend against the modules in torch, in one run.
+
+Every request of a decode step has the same number of positions behind it; a prompt is one request's, from its first
+token on. Both ways take turns, so that a busy machine is busy for both, and their logits are compared first. Run it
+from the repository root, with both cores to itself if they can be had:
+
+    python -m tests.bench.decode --out docs/results/decode-cpu.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from motet.adapters.lease import Lease
+from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Sampling, Span
+from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from tests.bench.cpu_usage import CpuMeter
+from tests.bench.machine import Machine
+from tests.bench.make_adapters import make_adapters
+from tests.support.harness import Harness
+
+BATCHES = (1, 8, 32)
+ADAPTERS = (0, 1, 8, 32)
+PROMPTS = (128, 512)
+RANKS = (8, 16)
+CONTEXT, BLOCK_SIZE = 160, 16
+TURN_S = 0.25
+"""How long one way runs before it is the other's turn."""
+GREEDY = Sampling(max_tokens=1, temperature=0)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of all steps, in milliseconds; the least tells what a step takes when nothing else runs."""
+
+    median_ms: float
+    least_ms: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One batch.
+
+    Attributes:
+        rows: requests of a decode step, or tokens of a prompt.
+        adapters: different ones, dealt to the requests in turn; 0 is the base.
+        speedup: median torch time over median native time.
+        deviation: root mean square difference of the logits, in standard deviations of them.
+    """
+
+    kind: str
+    rows: int
+    adapters: int
+    native: Times
+    torch: Times | None
+    speedup: float | None
+    deviation: float | None
+
+
+class Way:
+    """The model served in one of the two ways."""
+
+    def __init__(self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        blocks = 32 * (CONTEXT // BLOCK_SIZE + 1) + 512 // BLOCK_SIZE
+        self.harness = Harness(model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native)
+        self._threads = 1 if native else threads
+        self._leases: list[Lease] = []
+        for path in adapters:
+            self.harness.load(path.name, path)
+            self._leases.append(self.harness.registry.acquire(path.name))
+
+    def plan(self, kind: str, rows: int, adapters: int) -> Plan:
+        """Requests with their adapters, those of one adapter next to each other."""
+        if kind == "prefill":
+            return Plan((self._span(0, adapters - 1 if adapters else None, rows, 0),))
+        chosen = sorted(row % adapters if adapters else -1 for row in range(rows))
+        return Plan(tuple(self._span(i, a if a >= 0 else None, 1, CONTEXT - 1) for i, a in enumerate(chosen)))
+
+    def _span(self, index: int, adapter: int | None, tokens: int, start: int) -> Span:
+        per_request = -(-(start + tokens) // BLOCK_SIZE)
+        return Span(
+            generation=GenerationId(index),
+            applied=() if adapter is None else (Applied(self._leases[adapter]),),
+            tokens=tuple(1000 + (7 * index + i) % 9000 for i in range(tokens)),
+            start=start,
+            blocks=tuple(BlockId(index * per_request + i) for i in range(per_request)),
+            draw=True,
+            sampling=GREEDY,
+            drawn=0,
+        )
+
+    def time(self, plan: Plan, limit_s: float) -> list[float]:
+        """Milliseconds of steps, one after the other, for about this time and at least once."""
+        torch.set_num_threads(self._threads)
+        times_ms: list[float] = []
+        until_s = time.perf_counter() + limit_s
+        while not times_ms or time.perf_counter() < until_s:
+            self.harness.runner.recorded.clear()
+            began_ns = time.perf_counter_ns()
+            self.harness.runner.run(plan)
+            times_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
+        return times_ms
+
+    def logits(self, plan: Plan) -> torch.Tensor:
+        """[requests, V] float32."""
+        self.harness.runner.recorded.clear()
+        self.harness.runner.run(plan)
+        return torch.stack([self.harness.runner.recorded[span.generation][0] for span in plan.spans])
+
+
+def measure(ways: Sequence[Way], kind: str, rows: int, adapters: int, rounds: int) -> StepCost:
+    """The first way is the native one; the second, where it is there, torch's."""
+    plans = [way.plan(kind, rows, adapters) for way in ways]
+    logits = [way.logits(plan) for way, plan in zip(ways, plans, strict=True)]
+    taken: list[list[float]] = [[] for _ in ways]
+    for round_number in range(rounds + 1):
+        for way, plan, times_ms in zip(ways, plans, taken, strict=True):
+            latest = way.time(plan, TURN_S)
+            times_ms += latest if round_number else []
+    native, *others = [Times(round(median(one), 3), round(min(one), 3), len(one)) for one in taken]
+    if not others:
+        return StepCost(kind, rows, adapters, native, None, None, None)
+    deviation = float((logits[0] - logits[1]).square().mean().sqrt() / logits[1].std())
+    return StepCost(
+        kind, rows, adapters, native, others[0], round(others[0].median_ms / native.median_ms, 2), round(deviation, 4)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--native-only", action="store_true")
+    parser.add_argument("--label", default="")
+    options = parser.parse_args(arguments)
+    folder = ensure_default_model()
+    load_before, meter = os.getloadavg(), CpuMeter(os.getpid())
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = make_adapters(str(folder), Path(scratch), max(ADAPTERS), RANKS)
+        kinds = (True,) if options.native_only else (True, False)
+        ways = [Way(folder, paths, native=native, threads=options.threads) for native in kinds]
+        cases = [("decode", rows, adapters) for rows in BATCHES for adapters in ADAPTERS if adapters <= rows]
+        cases += [("prefill", rows, adapters) for rows in PROMPTS for adapters in (0, 1)]
+        costs = []
+        for case in cases:
+            costs.append(measure(ways, *case, options.rounds))
+            print(*asdict(costs[-1]).values(), flush=True)
+    assert not ways[0].harness.runner.rows.keys() - {"native"}
+    line = {
+        "label": options.label,
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": asdict(Machine.here()),
+        "versions": {"torch": version("torch"), "transformers": version("transformers")},
+        "load_before": load_before,
+        "cpu": asdict(meter.stop()),
+        "arguments": {
+            "model": DEFAULT_MODEL_NAME,
+            "dtype": "bfloat16",
+            "threads": options.threads,
+            "context": CONTEXT,
+            "ranks": RANKS,
+            "rounds": options.rounds,
+        },
+        "note": "medians and least; jobs that are no part of this share the machine",
+        "costs": [asdict(cost) for cost in costs],
+    }
+    if options.out is not None:
+        with options.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""One native engine for all tests: its threads are not started anew for each."""
+
+from __future__ import annotations
+
+import functools
+
+from motet.kernels.cpu.library import Engine, Processor
+
+
+@functools.cache
+def native_engine(processor: Processor | None = None) -> Engine:
+    """Two threads; None is the fastest processor of this machine."""
+    return Engine(2, processor)
