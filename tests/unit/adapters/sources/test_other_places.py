@@ -218,6 +218,7 @@ def test_what_has_another_digest(files: dict[str, bytes], opened: Opener, what: 
         [],
         [(TAR, None, b"a"), (TAR, None, b"b")],
         [(TAR, None, b"a"), (FILE, "adapter_config.json", b"b")],
+        [(FILE, "adapter_config.json", b"a"), (FILE, "adapter_config.json", b"b")],
         [(FILE, None, b"a")],
         [(FILE, "adapter_model.bin", b"a")],
         [(FILE, "../../adapter_config.json", b"a")],
