@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
 from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
-from motet.adapters.host import HOST_BYTES, HostTier
+from motet.adapters.host import HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
@@ -38,7 +37,8 @@ from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
-from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes
+from motet.server.budgets import adapter_cache, device_budget, host_budget
+from motet.server.config import OptionError, ServeConfig, parse_adapter
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
@@ -53,18 +53,12 @@ from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
 from motet.server.native import native_engine, with_rows
 from motet.server.slow_headers import patient_for
-from motet.server.sourcing import OpenSources, open_cache, open_sources
+from motet.server.sourcing import OpenSources, open_sources
 from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
 
-CPU_MEMORY_BYTES = 1 << 30
-"""Default of --kv-memory and --adapter-memory on a CPU; committed by the operating system as it is first used."""
-CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
-"""Default shares of the free device memory after the base model is loaded."""
-HOST_SHARE = 0.25
-"""Of the machine's memory, at most HOST_BYTES: default of --host-memory."""
 LAST_WORDS_S = 3
 """Time for answers that are complete to reach their clients."""
 
@@ -142,37 +136,19 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
     require_possible(config, adapters)
-    cache, sources = open_cache(config), open_sources(config)
+    cache, sources = adapter_cache(config), open_sources(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
     loaded = load_base(config, report, native_engine(config, choose_device(config.device), threads, report))
-    residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
+    residency = new_residency(loaded, device_budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
-        steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
+        steps = text_steps(config, loaded, residency, device_budget(config.kv_memory, "kv-memory", loaded.device))
         threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
-    host = HostTier(_host_budget(config))
+    host = HostTier(host_budget(config))
     tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
     return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, sources, threads, report, limits, quotas)
-
-
-def _budget(text: str, option: str, device: torch.device) -> int:
-    given = parse_bytes(option, text)
-    if given is not None:
-        return given
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_SHARES[option])
-    return CPU_MEMORY_BYTES
-
-
-def _host_budget(config: ServeConfig) -> int:
-    given = parse_bytes("host-memory", config.host_memory)
-    if given is not None:
-        return given
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(HOST_BYTES, int(whole * HOST_SHARE))
 
 
 def own_the_processors(engine: Engine) -> None:

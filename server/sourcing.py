@@ -1,4 +1,4 @@
-"""Puts together what adapters come from and where they are kept on disk, out of the options.
+"""Puts together what adapters come from, out of the options.
 
 Must not know: the base model, the engine, HTTP.
 """
@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from motet.adapters.cache import LoweredCache
 from motet.adapters.catalogue import Catalogue
 from motet.adapters.errors import ForbiddenSourceError, InvalidSourceError
 from motet.adapters.sources.resolve import Sources
@@ -23,8 +22,6 @@ TALKATIVE = (
     *("s3fs", "aiobotocore", "botocore", "boto3", "gcsfs", "google", "aiohttp"),
 )
 """Loggers of libraries that write down addresses with signatures, or headers with credentials."""
-CACHE_BYTES = 10 << 30
-"""Default of --adapter-cache-size."""
 DOWNLOAD_BYTES = 20 << 30
 """--download-size auto."""
 
@@ -58,7 +55,7 @@ def open_sources(config: ServeConfig) -> OpenSources:
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     size = parse_bytes("download-size", config.download_size)
-    folder = _user_cache("downloads") if config.download_dir == "auto" else Path(config.download_dir).expanduser()
+    folder = user_cache("downloads") if config.download_dir == "auto" else Path(config.download_dir).expanduser()
     store = Store(folder, DOWNLOAD_BYTES if size is None else size)
     roots = [Path(root).expanduser() for root in config.adapter_root]
     if not config.download_timeout > 0:
@@ -91,20 +88,7 @@ def _template(config: ServeConfig, sources: Sources) -> Template | None:
     return template
 
 
-def open_cache(config: ServeConfig) -> LoweredCache | None:
-    """The disk tier of lowered adapters; None where it is off.
-
-    Raises:
-        OptionError: an option's value is none.
-    """
-    size = parse_bytes("adapter-cache-size", config.adapter_cache_size)
-    if config.adapter_cache == "off":
-        return None
-    folder = _user_cache("lowered") if config.adapter_cache == "auto" else Path(config.adapter_cache)
-    return LoweredCache(folder.expanduser(), CACHE_BYTES if size is None else size)
-
-
-def _user_cache(name: str) -> Path:
+def user_cache(name: str) -> Path:
     """A folder of ours in the user's cache."""
     configured = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a relative path is invalid and ignored.

@@ -248,7 +248,7 @@ class Service:
         """
         series, outcome = self.metrics.by_adapter.of(name), "refused"
         try:
-            with self.admission.admitted(caller, [name], 0, generations) as ticket:
+            with self.admission.admitted(caller, [name], 0, min(generations, self.admission.most)) as ticket:
                 outcome = "failed"
                 yield ticket
                 outcome = "finished"
