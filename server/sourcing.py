@@ -18,7 +18,7 @@ from motet.server.api.autoload import Template
 from motet.server.config import OptionError, ServeConfig, parse_bytes
 
 TALKATIVE = (
-    *("httpx", "httpcore", "httpx2", "httpcore2", "huggingface_hub", "urllib3", "requests", "fsspec", "asyncio"),
+    *("httpx", "httpcore", "httpx2", "httpcore2", "huggingface_hub", "urllib3", "requests", "fsspec"),
     *("s3fs", "aiobotocore", "botocore", "boto3", "gcsfs", "google", "aiohttp"),
 )
 """Loggers of libraries that write down addresses with signatures, or headers with credentials."""
