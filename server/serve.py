@@ -149,7 +149,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
         steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
-        threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
+        threads = threads if loaded.engine is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(_host_budget(config))

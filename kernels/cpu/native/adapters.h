@@ -69,6 +69,21 @@ class Adapters {
     }
   }
 
+  // Asks for the parts of B that `finish` will read: short pieces far apart, which no hardware foresees.
+  void fetch(const Linear &linear, int64_t start, int64_t stop, int64_t output, int64_t outputs) const {
+    for (int64_t i = 0; effects_ != nullptr && i < effects_->n_low_rank; i++) {
+      const LowRank &one = effects_->low_rank[i];
+      each_run(tables_ + i * rows_, one.row_stop, start, stop, [&](int64_t s, int64_t, int64_t) {
+        const int64_t at = linear.target * one.segments + s;
+        for (int64_t r = 0; r < one.rank[at]; r++) {
+          const Element *piece = operand(one.b_first[at]) + r * linear.out + output;
+          __builtin_prefetch(piece);
+          __builtin_prefetch(piece + outputs - 1);
+        }
+      });
+    }
+  }
+
   // Turns a tile of W x into k ⊙ (W x + B s) + c + b.
   void finish(const Linear &linear, const float *shrunk, int64_t row_stride, int64_t row, int64_t n, float *tile,
               int64_t output, int64_t outputs) const {
@@ -211,7 +226,7 @@ Shrunk<E> shrink_all(Engine &engine, const Adapters<E> &adapters, const Linear *
   for (const Linear *linear : linears) any = any || adapters.reaches(*linear);
   if (!any) return shrunk;
   shrunk.values = engine.buffer<float>(Use::Shrunk, rows * shrunk.stride);
-  const int64_t cut = rows <= 32 ? 1 : 8;
+  const int64_t cut = rows < 64 ? ceil_div(rows, 8) : 8;
   parallel(engine.pool, ceil_div(rows, cut) * N, [&](int64_t chunk, int) {
     const int64_t position = chunk % N, start = chunk / N * cut;
     adapters.shrink(*linears[position], start, least(rows, start + cut), x, shrunk.values + position * shrunk.width,
