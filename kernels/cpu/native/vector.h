@@ -64,6 +64,8 @@ struct Float {
   }
   static MOTET_INLINE void split(u32v units, f32v *parts) { parts[0] = reinterpret_cast<f32v>(units); }
   static MOTET_INLINE u32v join(const f32v *parts) { return reinterpret_cast<u32v>(parts[0]); }
+  // Units of as many rows as a unit has elements, `stride` apart.
+  static MOTET_INLINE u32v side_by_side(const type *rows, int64_t, int64_t n) { return load<u32v>(rows, n); }
 };
 
 struct Bfloat {
@@ -89,6 +91,11 @@ struct Bfloat {
     parts[1] = reinterpret_cast<f32v>(units & 0xffff0000u);
   }
   static MOTET_INLINE u32v join(const f32v *parts) { return upper_half(parts[0]) | upper_half(parts[1]) << 16; }
+  // The second row may be the first again where its factor is zero.
+  static MOTET_INLINE u32v side_by_side(const type *rows, int64_t stride, int64_t n) {
+    const u16v first = load<u16v>(rows, n), second = load<u16v>(rows + stride, n);
+    return __builtin_convertvector(first, u32v) | __builtin_convertvector(second, u32v) << 16;
+  }
 };
 
 MOTET_INLINE float sum_of(f32v x) {
