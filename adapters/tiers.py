@@ -15,6 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
+from motet.adapters import refusals
 from motet.adapters.cache import LoweredCache
 from motet.adapters.device import Device
 from motet.adapters.effects import Lowered
@@ -56,6 +57,7 @@ class Tiers:
         self._again: dict[Resident, Again | None] = {}
         self._wanted: list[Resident] = []
         self._preloads: OrderedDict[Resident, None] = OrderedDict()
+        self._pinned: set[Resident] = set()
         self._blocked: tuple[Resident, float] | None = None
         self._stuck = False
         self._impossible: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
@@ -80,15 +82,9 @@ class Tiers:
         with self._changed:
             if self._device.hold(residents):
                 return True
-            needed = sum(one.device_bytes for one in {*residents, *(one for one in self._again if one.pinned)})
-            if needed > self.residency.budget_bytes:
-                names = " + ".join(one.version.name for one in residents)
-                why = (
-                    f"adapters {names!r} do not fit on the device together: with those that are pinned they need "
-                    f"{needed:,} bytes, and adapter memory has {self.residency.budget_bytes:,}; use fewer at once, or "
-                    "raise --adapter-memory"
-                )
-                self._impossible.update(dict.fromkeys(leases, why))
+            needed, budget = sum(one.device_bytes for one in self._pinned | set(residents)), self.residency.budget_bytes
+            if needed > budget:
+                self._impossible.update(dict.fromkeys(leases, refusals.too_many(residents, needed, budget)))
             return False
 
     def let_go(self, leases: Sequence[object]) -> None:
@@ -105,8 +101,7 @@ class Tiers:
             if wanted == self._wanted:
                 return
             self._wanted = wanted
-            absent = any(one.slot is None for one in wanted)
-            if absent or self._blocked is not None:
+            if self._blocked is not None or any(one.slot is None for one in wanted):
                 self._tell()
 
     def failure(self, lease: object) -> str | None:
@@ -146,16 +141,14 @@ class Tiers:
         """
         if not self._device.place_beside(resident, lambda: self.residency.place_beside(lowered)):
             needed, budget = self.residency.bytes_needed(lowered), self.residency.budget_bytes
-            raise ArenaFullError(
-                f"the exact form takes up to {needed:,} bytes while a lossy one is compared with it, and running "
-                f"requests leave no such room of {budget:,}; try again later or raise --adapter-memory"
-            )
+            raise ArenaFullError(refusals.no_room_beside(needed, budget))
 
     def drop(self, resident: Resident) -> None:
         """Free all that a version takes in memory; it has no lease any more."""
         with self._changed:
             self._again.pop(resident, None)
             self._preloads.pop(resident, None)
+            self._pinned.discard(resident)
             self._device.drop(resident)
             if self._blocked is not None:
                 self._tell()
@@ -171,12 +164,9 @@ class Tiers:
             unpinned = (one.device_bytes for one in self._again if not (one.pinned or one is resident))
             largest, pinned = max(unpinned, default=0), self._pinned_bytes(resident) + resident.device_bytes
             if pinned + largest > self.residency.budget_bytes:
-                raise ArenaFullError(
-                    f"adapter {resident.version.name!r} cannot be pinned: pinned adapters would take {pinned:,} of the "
-                    f"{self.residency.budget_bytes:,} bytes of adapter memory, and the largest other one needs "
-                    f"{largest:,}; unpin one or raise --adapter-memory"
-                )
+                raise ArenaFullError(refusals.unpinnable(resident, pinned, largest, self.residency.budget_bytes))
             resident.pinned = True
+            self._pinned.add(resident)
             if resident.slot is None:
                 self._tell()
 
@@ -184,6 +174,7 @@ class Tiers:
         """Let a version be evicted again."""
         with self._changed:
             resident.pinned = False
+            self._pinned.discard(resident)
             if self._blocked is not None:
                 self._tell()
 
@@ -249,7 +240,7 @@ class Tiers:
 
     def _next(self) -> tuple[Resident, Sequence[Resident]] | None:
         """What to bring now, and what must not give way to it; the caller holds the lock."""
-        queue = [*self._wanted, *(one for one in self._again if one.pinned), *self._preloads]
+        queue = [*self._wanted, *self._pinned, *self._preloads]
         for place, resident in enumerate(queue):
             if resident.slot is not None or resident.failure is not None or resident not in self._again:
                 continue
@@ -285,14 +276,10 @@ class Tiers:
     def _require_room(self, resident: Resident) -> None:
         pinned, budget = self._pinned_bytes(resident), self.residency.budget_bytes
         if resident.device_bytes + pinned > budget:
-            beside = f", of which pinned adapters take {pinned:,}: unpin one," if pinned else ":"
-            raise ArenaFullError(
-                f"the adapter needs {resident.device_bytes:,} bytes; adapter memory has {budget:,}{beside} use a "
-                "smaller adapter or raise --adapter-memory"
-            )
+            raise ArenaFullError(refusals.too_large(resident, pinned, budget))
 
     def _pinned_bytes(self, but: Resident) -> int:
-        return sum(one.device_bytes for one in self._again if one.pinned and one is not but)
+        return sum(one.device_bytes for one in self._pinned if one is not but)
 
 
 def _residents(leases: Sequence[object]) -> list[Resident]:

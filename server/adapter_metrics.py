@@ -62,14 +62,13 @@ class Series:
         self.first_token, self.between_tokens, self.queue = (Distribution(LATENCY_BUCKETS_S) for _ in range(3))
         self.uncertainty = Distribution(SCORE_BUCKETS)
 
-    def finished(self, version: str | None, outcome: str, *, prompt: int = 0, cached: int = 0, drawn: int = 0) -> None:
+    def finished(self, version: str, outcome: str, *, prompt: int = 0, cached: int = 0, drawn: int = 0) -> None:
         """A request ended; those of an earlier version of the name are no longer told.
 
         Args:
-            version: None where it is of no matter.
             prompt, cached, drawn: tokens it read, those of them that the prefix cache spared, and those it drew.
         """
-        if self.of_one and version is not None and version != self.version:
+        if self.of_one and version != self.version:
             self.version, self.requests = version, Counter()
         self.requests[outcome] += 1
         self.tokens.update(prompt=prompt, cached=cached, drawn=drawn)

@@ -11,14 +11,13 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_TIMEOUT_S = 30.0
 _ANSWER = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class PatientProtocol(H11Protocol):
     """uvicorn's, with a limit on how long the head of a request may take."""
 
-    head_timeout_s = HEAD_TIMEOUT_S
+    head_timeout_s: float
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -52,3 +51,8 @@ class PatientProtocol(H11Protocol):
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(_ANSWER)
             self.transport.close()
+
+
+def patient_for(timeout_s: float) -> type[PatientProtocol]:
+    """The protocol with its limit, as uvicorn takes it."""
+    return type("PatientProtocol", (PatientProtocol,), {"head_timeout_s": timeout_s})

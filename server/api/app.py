@@ -40,7 +40,7 @@ def create_app(service: Service, limits: RequestLimits = DEFAULT_LIMITS) -> Fast
     app = FastAPI(title="Motet", docs_url=None, redoc_url=None)
     errors.install(app)
     app.add_middleware(BodyLimits, most_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
-    app.add_middleware(Deadlines, most_s=limits.timeout_s)
+    app.add_middleware(Deadlines, most_s=limits.timeout_s, exempt=_publishes)
     if limits.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=limits.cors_origins, allow_methods=["*"], allow_headers=["*"], max_age=600
@@ -62,3 +62,10 @@ def create_app(service: Service, limits: RequestLimits = DEFAULT_LIMITS) -> Fast
         app.include_router(family.router(service), dependencies=[Depends(administration)])
     app.include_router(probes.router(service))
     return app
+
+
+def _publishes(method: str, path: str) -> bool:
+    """Whether a request changes which adapters there are: that happens in threads, which nobody can cancel."""
+    if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        return True
+    return path.startswith("/v1/adapters/") and (method != "GET" and "/merges" not in path)

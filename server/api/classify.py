@@ -16,7 +16,7 @@ from motet.adapters.lease import Lease
 from motet.server.api import served, uncertainty
 from motet.server.api.errors import ApiError, bad_request
 from motet.server.api.given import inputs_of
-from motet.server.api.labelling import Labeller, leased
+from motet.server.api.labelling import WAVE, Labeller, leased
 from motet.server.api.merged import Merged
 from motet.server.api.schemas import ClassifyBody
 from motet.server.api.service import Service
@@ -36,11 +36,12 @@ def router(service: Service) -> APIRouter:
         given = inputs_of(body.input, takes)
         if not 1 <= len(given) <= MOST_INPUTS:
             raise bad_request(f"input has {len(given)} {takes}s; 1 to {MOST_INPUTS} are possible", "input")
+        at_once = min(len(given), WAVE)
         header, caller = request.headers.get(uncertainty.HEADER), visit_of(request).caller
         if (merged := service.known_merge(body.model, caller)) is not None:
             versions = [merged.pool]
             _asked(body, header, None, len(given))
-            with service.counted(caller, merged.pool.name, merged.pool.digest) as ticket:
+            with service.counted(caller, merged.pool.name, merged.pool.digest, at_once) as ticket:
                 rows, tokens = await _by_labels(service, merged, None, body, given)
                 ticket.tokens = tokens
         else:
@@ -48,7 +49,7 @@ def router(service: Service) -> APIRouter:
                 versions = labeller.versions
                 if labeller.head is None:
                     _asked(body, header, None, len(given))
-                with service.counted(caller, *labeller.counted) as ticket:
+                with service.counted(caller, *labeller.counted, at_once) as ticket:
                     if labeller.head is not None:
                         rows, tokens = await _by_head(labeller, labeller.head, body, given, header)
                     else:

@@ -12,7 +12,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -28,10 +28,11 @@ class Deadlines:
 
     Args:
         most_s: for requests that say nothing, and the most that one may say; None is no bound.
+        exempt: of a method and a path, whether the request goes on to its end: it may say nothing.
     """
 
-    def __init__(self, app: ASGIApp, most_s: float | None) -> None:
-        self._app, self._most_s = app, most_s
+    def __init__(self, app: ASGIApp, most_s: float | None, exempt: Callable[[str, str], bool]) -> None:
+        self._app, self._most_s, self._exempt = app, most_s, exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -40,7 +41,8 @@ class Deadlines:
             return
         answer = _Answer(send)
         try:
-            timeout_s = self._timeout_s(Headers(scope=scope).get(HEADER))
+            exempt = self._exempt(scope["method"], scope["path"])
+            timeout_s = self._timeout_s(Headers(scope=scope).get(HEADER), exempt)
         except ValueError as error:
             await answer.refuse(400, str(error), "invalid_request", HEADER)
             return
@@ -54,9 +56,11 @@ class Deadlines:
                 raise
             await answer.refuse(504, f"the request took longer than its {timeout_s:g} s", "deadline_exceeded")
 
-    def _timeout_s(self, given: str | None) -> float | None:
+    def _timeout_s(self, given: str | None, exempt: bool) -> float | None:
         if given is None:
-            return self._most_s
+            return None if exempt else self._most_s
+        if exempt:
+            raise ValueError(f"{HEADER} has no meaning here: what was begun would be finished all the same; remove it")
         try:
             timeout_s = float(given)
         except ValueError:

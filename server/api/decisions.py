@@ -20,7 +20,7 @@ from motet.server.api import questions, served
 from motet.server.api.decision_body import DecisionBody, text_of
 from motet.server.api.errors import bad_request
 from motet.server.api.inputs import Prompt
-from motet.server.api.labelling import Labeller, leased
+from motet.server.api.labelling import WAVE, Labeller, leased
 from motet.server.api.questions import LETTERS, Option
 from motet.server.api.service import Service
 from motet.server.api.uncertainty import LOGPROB, of_head
@@ -45,7 +45,7 @@ def router(service: Service) -> APIRouter:
         async with leased(service, body.model, caller) as labeller:
             head = labeller.head
             versions = labeller.versions
-            with service.counted(caller, *labeller.counted) as ticket:
+            with service.counted(caller, *labeller.counted, min(len(options), WAVE)) as ticket:
                 answered = (
                     _by_letters(labeller, body, options) if head is None else _by_head(labeller, body, options, head)
                 )

@@ -27,7 +27,9 @@ def router(service: Service) -> APIRouter:
     async def make(pool: str, body: MergeBody, request: Request) -> dict[str, Any]:
         service.require_open()
         merging, caller = service.merging, visit_of(request).caller
-        with service.counted(caller, pool):
+        service.require_visible(pool, caller)
+        version = service.registry.get(pool).version
+        with service.counted(caller, pool, version.digest):
             return _card(await merging.make(pool, ask_of(body, merging.inputs.modality), body.expires_s, caller))
 
     @routes.get("/v1/adapters/{pool:path}/merges/{name:path}")

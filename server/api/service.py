@@ -11,7 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from motet.adapters.errors import AdapterNotFoundError, GateError, VersionNotServedError
+from motet.adapters.errors import AdapterFailedError, AdapterNotFoundError, GateError, VersionNotServedError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
 from motet.adapters.pointers import unknown
@@ -19,6 +19,7 @@ from motet.adapters.registry import Registry
 from motet.adapters.standing import AdapterInfo
 from motet.server.api import merge_asks, uses
 from motet.server.api.admission import Admission, Ticket
+from motet.server.api.autoload import Autoload
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
 from motet.server.api.errors import ApiError, from_adapter_error
@@ -49,6 +50,7 @@ class Service:
         max_waiting: generations that may wait; more are answered 429.
         adapter_quotas, key_quotas: by adapter's or base's name, and by key's label.
         admission: what goes by them.
+        autoload: loads adapters that requests name; None where only administration loads.
         ready: the base is loaded and warm.
         draining: no new requests.
     """
@@ -67,6 +69,7 @@ class Service:
     key_quotas: Quotas = field(default_factory=lambda: Quotas("API key"))
     admission: Admission = field(init=False)
     heads: Heads = field(default_factory=Heads)
+    autoload: Autoload | None = None
     ready: bool = False
     draining: bool = False
     _placeholders: weakref.WeakKeyDictionary[InstanceGate, Placeholders] = field(
@@ -80,6 +83,28 @@ class Service:
     def healthy(self) -> bool:
         """Whether the step thread lives and its steps succeed."""
         return self.engine.alive and self.engine.state.failures < FAILURES_UNHEALTHY
+
+    def knows(self, model: str) -> bool:
+        """Whether the name means something, served or not."""
+        if model == self.base.name or MARK in model or self.merging.find(model) is not None:
+            return True
+        try:
+            self.registry.get(model)
+        except AdapterFailedError:
+            return True
+        except AdapterNotFoundError:
+            return False
+        return True
+
+    async def prepare(self, caller: Caller, *models: str) -> None:
+        """Have adapters loaded that nobody has loaded, where that is on and the caller may see them.
+
+        Raises:
+            ApiError: one is refused, or takes too long.
+        """
+        if self.autoload is not None:
+            for model in filter(caller.may_see, models):
+                await self.autoload.ensure(model)
 
     def resolve(self, model: str, caller: Caller) -> Lease | None:
         """A lease on the adapter of that name, or None for the base.
@@ -105,6 +130,7 @@ class Service:
         self.require_open()
         self.require_texts()
         uses.require_one_way(body, self.base.name)
+        await self.prepare(caller, *([body.model] if body.adapters is None else [one.name for one in body.adapters]))
         merged = await self._merged(body, caller)
         applied = await self._applied(body, caller) if merged is None else [await self._of_merge(merged)]
         try:
@@ -214,7 +240,7 @@ class Service:
         self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
 
     @contextlib.contextmanager
-    def counted(self, caller: Caller, name: str, version: str | None = None) -> Iterator[Ticket]:
+    def counted(self, caller: Caller, name: str, version: str, generations: int = 1) -> Iterator[Ticket]:
         """Let in a request that is no generation, and count it to an adapter, until the block is left.
 
         Raises:
@@ -222,7 +248,7 @@ class Service:
         """
         series, outcome = self.metrics.by_adapter.of(name), "refused"
         try:
-            with self.admission.admitted(caller, [name], tokens=0) as ticket:
+            with self.admission.admitted(caller, [name], 0, min(generations, self.admission.most)) as ticket:
                 outcome = "failed"
                 yield ticket
                 outcome = "finished"

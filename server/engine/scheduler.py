@@ -121,7 +121,8 @@ class Scheduler:
             if generation not in victims:
                 chosen[generation] = count
                 budget -= count
-        for generation in self._candidates() if preemptions == self.preemptions else ():
+        full = preemptions < self.preemptions or len(self._running) >= self.limits.generations
+        for generation in () if full else self._candidates():
             if budget == 0 or len(self._running) >= self.limits.generations:
                 break
             if not self._holding.hold(generation):
@@ -152,8 +153,7 @@ class Scheduler:
             self._failed.append((generation, failure))
 
     def _unqueue(self, generation_id: GenerationId) -> Generation | None:
-        generation = self._waiting.remove(generation_id)
-        if generation is not None:
+        if (generation := self._waiting.remove(generation_id)) is not None:
             self._holding.settled(generation)
         return generation
 

@@ -64,6 +64,28 @@ def test_the_life_of_an_adapter(motet: Any, server: Server) -> None:
     assert motet("adapters", "unload", "from-cli").exit_code == 1
 
 
+def test_publishing_rolling_back_and_deleting(motet: Any, server: Server) -> None:
+    first = json.loads(motet("adapters", "publish", "from-cli", "random-a", "--new", "--json").stdout)
+    assert first["version"] == server.models["from-cli"]["adapter"]["version"]
+    taken = motet("adapters", "publish", "from-cli", "random-b", "--new")
+    assert (taken.exit_code, taken.stdout) == (1, "")
+    assert "409: adapter 'from-cli' is published already" in taken.stderr
+    moved = motet("adapters", "publish", "from-cli", "random-b", "--if-match", first["version"], "--pin")
+    second = server.models["tenant/b"]["adapter"]["version"]
+    assert moved.stdout == f"from-cli is at version {second[:12]}\n"
+    for command in (("publish", "from-cli", "random-c"), ("rollback", "from-cli"), ("delete", "from-cli")):
+        refused = motet("adapters", *command, "--if-match", first["version"])
+        assert "409: adapter 'from-cli' is at version" in refused.stderr
+    wrong = motet("adapters", "publish", "from-cli", "random-a", "--sha256", second)
+    assert "409: the source of adapter 'from-cli' has digest" in wrong.stderr
+    back = json.loads(motet("adapters", "rollback", "from-cli", "--json").stdout)
+    assert (back["version"], back["pinned"]) == (first["version"], True)
+    assert json.loads(motet("adapters", "rollback", "from-cli", "--to", second[:12], "--json").stdout)["leases"] == 0
+    gone = motet("adapters", "delete", "from-cli", "--wait", "5")
+    assert gone.stdout == f"deleted from-cli ({second[:12]})\n"
+    assert "from-cli" not in server.models
+
+
 def test_a_wrong_admin_key(motet: Any, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTET_ADMIN_KEY", "wrong")
     result = motet("adapters", "unload", "tenant/a")

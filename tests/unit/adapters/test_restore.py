@@ -84,7 +84,7 @@ def test_what_cannot_be_restored_answers_with_its_error_and_the_others_serve(wor
     with pytest.raises(VersionConflictError, match=digest):
         again.publish("fr-0", Origin("1"), Terms(Condition(again.get("fr-1").version.digest)))
     again.publish("fr-0", Origin("1"), Terms(Condition(digest)))
-    assert again.standing("fr-0").state is State.READY
+    assert (again.standing("fr-0").state, again.standing("fr-0").error) == (State.READY, None)
     again.release(again.acquire("fr-0"))
     again.catalogue.close()
 

@@ -120,7 +120,7 @@ def test_requests_are_those_of_the_version_that_was_asked_last() -> None:
     metrics = AdapterMetrics(Everything, Watch())
     metrics.of("a").finished("1" * 64, "finished", prompt=5, cached=2, drawn=3)
     metrics.of("a").finished("2" * 64, "failed", prompt=5, drawn=1)
-    metrics.of("a").finished(None, "refused")
+    metrics.of("a").finished("2" * 64, "refused")
     found = samples(metrics)
     of_second = {("a", "failed", "2" * 12): 1, ("a", "refused", "2" * 12): 1}
     assert values(found, "motet_adapter_requests_total") == of_second

@@ -12,7 +12,7 @@ from motet.server.api.errors import ApiError
 from motet.server.api.keys import ANYONE, Keys
 from motet.server.api.quotas import Quota
 from motet.server.engine.scheduler import StepLimits
-from tests.unit.server.api.rig import Running, during
+from tests.unit.server.api.rig import BODY, Running, during
 
 ONE_AT_A_TIME = StepLimits(64, 1)
 
@@ -142,9 +142,28 @@ def test_other_endpoints_owe_what_they_read(adapter: Path) -> None:
         with pytest.raises(ApiError) as error, service.counted(ANYONE, "adapted", "v"):
             raise AssertionError("let in")
         assert (error.value.status, error.value.retry_after_s) == (429, 30)
-        with pytest.raises(RuntimeError), service.counted(ANYONE, "base"):
+        with pytest.raises(RuntimeError), service.counted(ANYONE, "base", ""):
             raise RuntimeError
         assert service.metrics.by_adapter.of("nobody").requests == {"finished": 1, "refused": 1, "failed": 1}
+
+    during(adapter, scenario)
+
+
+def test_names_that_nobody_published_are_counted_nowhere(adapter: Path) -> None:
+    """Or whoever makes up names would fill the memory."""
+
+    async def scenario(started: Running) -> None:
+        service = started.service
+        service.adapter_quotas.given = {"*": Quota(requests_per_minute=9)}
+        support = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+        for path, body in (
+            ("/v1/completions", {**BODY, "model": "nobody"}),
+            ("/v1/classify", {"model": "nobody", "input": "a"}),
+            ("/v1/adapters/nobody/merges", {"support": support}),
+        ):
+            assert (await started.client.post(path, json=body)).status_code == 404
+        assert not service.adapter_quotas._buckets
+        assert not service.metrics.by_adapter._uses
 
     during(adapter, scenario)
 
