@@ -143,7 +143,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     residency = new_residency(loaded, device_budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
         steps = text_steps(config, loaded, residency, device_budget(config.kv_memory, "kv-memory", loaded.device))
-        threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
+        threads = threads if loaded.engine is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(host_budget(config))
