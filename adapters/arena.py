@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -81,6 +82,7 @@ class Arena:
         self.unit_bytes = self.unit * dtype.itemsize
         self.allocator = UnitAllocator(budget_bytes // self.unit_bytes)
         self.units_NU = torch.empty((self.allocator.capacity, self.unit), dtype=dtype, device=device)
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def units_of(self, operand: torch.Tensor) -> int:
         """Units that an operand takes."""
@@ -88,7 +90,15 @@ class Arena:
 
     def copy(self, start: int, units_NU: torch.Tensor) -> None:
         """Copy units to those from `start` on; returns once they are there."""
-        self.units_NU[start : start + len(units_NU)].copy_(units_NU)
+        kept_NU = self.units_NU[start : start + len(units_NU)]
+        if self._stream is None:
+            kept_NU.copy_(units_NU)
+            return
+        # Steps that were queued before may still read what lay here; those that come later do not wait for the copy.
+        self._stream.wait_stream(torch.cuda.default_stream(kept_NU.device))
+        with torch.cuda.stream(self._stream):
+            kept_NU.copy_(units_NU, non_blocking=True)
+        self._stream.synchronize()
 
     def index(self, start: int, count: int) -> torch.Tensor:
         """The int32 indices that begin at a unit; not copied."""

@@ -5,7 +5,11 @@
     │   ├── SourceNotFoundError
     │   ├── UnsafePathError
     │   ├── UnsafeFormatError
-    │   └── CorruptSourceError
+    │   ├── CorruptSourceError
+    │   ├── InvalidSourceError
+    │   ├── ForbiddenSourceError
+    │   ├── SourceUnavailableError
+    │   └── StoreFullError
     ├── FormatError              the files do not describe an adapter of this base exactly
     │   ├── ConfigError
     │   ├── UnsupportedError     known, but not served (yet): never applied in part
@@ -62,6 +66,22 @@ class UnsafeFormatError(SourceError):
 
 class CorruptSourceError(SourceError):
     """A file is truncated, contradicts its own header, or exceeds a limit."""
+
+
+class InvalidSourceError(SourceError):
+    """The source is written in a way that cannot be followed, or needs what is not installed."""
+
+
+class ForbiddenSourceError(SourceError):
+    """The source, or a place it sends to, is not on the list of allowed sources."""
+
+
+class SourceUnavailableError(SourceError):
+    """The source does not answer, not in time or not to the end; asking again may help."""
+
+
+class StoreFullError(SourceError):
+    """What is downloaded does not fit beside what is in use."""
 
 
 class FormatError(AdapterError):

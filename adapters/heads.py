@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 
 from motet.adapters import calibration as calibrations
-from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file
+from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file, read_weights
 from motet.adapters.calibration import Calibration
 from motet.adapters.errors import (
     AdapterExistsError,
@@ -120,7 +120,7 @@ def read(folder: Path, limits: Limits = DEFAULT_LIMITS) -> HeadFile | None:
         if not any(os.path.lexists(folder / name) for name in (HEAD_CONFIG, HEAD_WEIGHTS)):
             return None
         config = read_file(folder, HEAD_CONFIG, limits.config_bytes)
-        return parse(config, read_file(folder, HEAD_WEIGHTS, limits.weights_bytes), limits)
+        return parse(config, read_weights(folder, HEAD_WEIGHTS, limits), limits)
     except OSError as error:
         raise SourceNotFoundError(f"the head cannot be read: {error.strerror}; check its permissions") from error
 

@@ -1,7 +1,7 @@
-"""The thread that moves adapters between tiers, so that the step thread never does.
+"""The threads that lower adapters and move them between tiers, so that the step thread never does.
 
-Must not know: what is moved, or why. It runs at the lowest priority: while steps keep all processors busy it gets what
-they leave.
+Must not know: what is moved, or why. They run at low priorities: while steps keep all processors busy they get what
+those leave.
 """
 
 from __future__ import annotations
@@ -10,15 +10,31 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-LOWEST = 19
-"""Linux's nice value; there it belongs to the thread."""
+T = TypeVar("T")
+
+MOVING, LOWERING = 19, 15
+"""Linux's nice values, which there belong to threads. Moving an adapter takes milliseconds of a processor, lowering one
+tenths of a second, which at 19 become half a minute beside steps that keep all processors busy (docs/adr/0013)."""
 
 
-def yield_to_steps() -> None:
-    """Give the calling thread the lowest priority, where the system has priorities of threads."""
+def yield_to_steps(nice: int) -> None:
+    """Lower the calling thread's priority, where the system has priorities of threads."""
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+
+
+class Background:
+    """One thread for lowering, which others wait for; what is given to it is done in its order."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "motet-background", yield_to_steps, (LOWERING,))
+
+    def run(self, work: Callable[[], T]) -> T:
+        """The result of the work, or what it raises. May be called from any thread but the background's."""
+        return self._executor.submit(work).result()
 
 
 class Loader:
@@ -47,6 +63,6 @@ class Loader:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        yield_to_steps()
+        yield_to_steps(MOVING)
         while self._turn():
             pass

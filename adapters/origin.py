@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from motet.adapters.source import confine
@@ -77,12 +77,26 @@ def folders(roots: Sequence[Path]) -> Resolve:
 
     @contextlib.contextmanager
     def resolve(origin: Origin) -> Iterator[Found]:
-        source, initial, residual = (
-            None if path is None else Path(path) if origin.trusted else confine(Path(path), roots)
-            for path in (origin.source, origin.initial, origin.residual)
-        )
-        assert source is not None
-        form = None if origin.approximate is None else LossyForm.parse(origin.approximate)
-        yield Found(source, Declared(initial, residual, origin.trained_on_base, form), origin)
+        yield placed(origin, lambda path: (confine(Path(path), roots), path))
 
     return resolve
+
+
+def placed(origin: Origin, place: Callable[[str], tuple[Path, str]]) -> Found:
+    """The folders of an origin.
+
+    Args:
+        place: finds the folder of a source that is not trusted, and the source that finds exactly this again.
+
+    Raises:
+        ConfigError: the lossy form does not exist.
+    """
+    form = None if origin.approximate is None else LossyForm.parse(origin.approximate)
+    (source, pinned), (initial, pinned_initial), (residual, pinned_residual) = (
+        (None, None) if path is None else (Path(path), path) if origin.trusted else place(path)
+        for path in (origin.source, origin.initial, origin.residual)
+    )
+    assert source is not None
+    assert pinned is not None
+    again = replace(origin, source=pinned, initial=pinned_initial, residual=pinned_residual)
+    return Found(source, Declared(initial, residual, origin.trained_on_base, form), again)

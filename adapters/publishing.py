@@ -5,6 +5,7 @@ Must not know: names' meaning, other versions, HTTP, how log-probabilities are c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from motet.adapters.errors import ArenaFullError, SourceChangedError
 from motet.adapters.gates.build import build
 from motet.adapters.golden import Golden
 from motet.adapters.lease import Lease, Leases, Resident
+from motet.adapters.loader import Background
 from motet.adapters.lowering import Lowering, lower
 from motet.adapters.mixture import obstacle
 from motet.adapters.origin import Origin, Resolve
+from motet.adapters.packed import Packed
 from motet.adapters.receipt import Receipt, receipt
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
@@ -54,7 +57,7 @@ class Publishing:
     Args:
         cache, check, score, resolve: as in `Registry`.
 
-    Note: any number of threads may prepare at once.
+    Note: any number of threads may prepare at once; one lowers.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Publishing:
     ) -> None:
         self._base, self._tiers, self._leases, self._derived = base, tiers, leases, derived
         self._cache, self._check, self._score, self._resolve = cache, check, score, resolve
+        self._background = Background()
 
     def examine(self, folder: Path, declared: Declared) -> tuple[Lowering, Receipt]:
         """Read, check and lower an adapter without placing it.
@@ -113,7 +117,8 @@ class Publishing:
         Note: waits for the engine where the folder has golden log-probabilities, and where a lossy form is asked for.
         """
         with self._resolve(origin) as found:
-            lowering, facts = self.examine(found.folder, found.declared)
+            folder, declared = found.folder, found.declared
+            lowering, facts, packed = self._background.run(lambda: self._packed(folder, declared))
             vouched = golden.read(found.folder, lowering.lowered) if self._check else None
         if expected is not None and lowering.digest != expected:
             raise SourceChangedError(
@@ -126,7 +131,7 @@ class Publishing:
             self._tiers.place_beside(exact, lowering.exact.lowered)
             exact_logprobs = self._scored_exactly(exact, vouched)
             vouched = None  # they are the exact form's
-        resident = self._admit(name, lowering, found.origin)
+        resident = self._admit(name, lowering, packed, found.origin)
         try:
             if pinned:
                 self._tiers.pin(resident)
@@ -139,13 +144,17 @@ class Publishing:
             raise
         return Prepared(resident, facts, found.origin)
 
-    def _admit(self, name: str, lowering: Lowering, origin: Origin) -> Resident:
+    def _packed(self, folder: Path, declared: Declared) -> tuple[Lowering, Receipt, Packed]:
+        lowering, facts = self.examine(folder, declared)
+        return lowering, facts, self._tiers.residency.pack(lowering.lowered)
+
+    def _admit(self, name: str, lowering: Lowering, packed: Packed, origin: Origin) -> Resident:
         lowered, version = lowering.lowered, AdapterVersion(name, lowering.digest)
         gate, unmixable = None if lowered.gate is None else build(lowered.gate), obstacle(lowered)
         resident = Resident(version, lowering.own, gate, unmixable, lowering.head)
-        packed = self._tiers.residency.pack(lowered)
+        again = functools.partial(self.lowered, version, origin)
         try:
-            self._derived.admit(resident, packed, lambda: self.lowered(version, origin))
+            self._background.run(lambda: self._derived.admit(resident, packed, again))
         except ArenaFullError as error:
             exact, needed = lowering.exact or lowering, self._tiers.residency.bytes_needed
             raise ArenaFullError(f"{error}{offer(exact.lowered, self._base, needed)}") from None

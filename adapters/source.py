@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from motet.adapters import heads, tokens
-from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file
+from motet.adapters.bounded import DEFAULT_LIMITS, Limits, parse_object, parse_tensors, read_file, read_weights
 from motet.adapters.checkpoint import MODEL_CONFIG, read_checkpoint
 from motet.adapters.errors import ConfigError, SourceNotFoundError, UnsafeFormatError, UnsafePathError
 from motet.adapters.heads import HeadFile
@@ -109,7 +109,7 @@ def confine(path: Path, roots: Sequence[Path]) -> Path:
         leaves = leaves or not below
     if leaves:
         raise UnsafePathError("the adapter's path is outside every --adapter-root; move it below one, or add a root")
-    raise SourceNotFoundError(f"adapter source {str(path)!r} is below none of the adapter roots; check the path")
+    raise SourceNotFoundError(f"adapter source {str(path)[:200]!r} is below none of the adapter roots; check the path")
 
 
 def read(folder: Path, declared: Declared = NOTHING_DECLARED, limits: Limits = DEFAULT_LIMITS) -> AdapterFiles:
@@ -211,7 +211,7 @@ def _read_peft(folder: Path, limits: Limits) -> AdapterFiles:
                     f"{name} is a pickle, which can run code when it is read; save the adapter with "
                     f"safe_serialization=True, which writes {WEIGHTS_FILE}"
                 )
-    weights = read_file(folder, WEIGHTS_FILE, limits.weights_bytes)
+    weights = read_weights(folder, WEIGHTS_FILE, limits)
     gate = _read_gate(folder, limits)
     digest = hashlib.sha256()
     for part in (config, weights) if gate is None else (config, weights, gate):
@@ -229,4 +229,4 @@ def _read_peft(folder: Path, limits: Limits) -> AdapterFiles:
 def _read_gate(folder: Path, limits: Limits) -> bytes | None:
     """The gate's file; a link that leads nowhere is an error, not an adapter without a gate."""
     path = folder / GATE_FILE
-    return read_file(folder, GATE_FILE, limits.weights_bytes) if path.exists() or path.is_symlink() else None
+    return read_weights(folder, GATE_FILE, limits) if path.exists() or path.is_symlink() else None

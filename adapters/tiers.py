@@ -15,12 +15,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
+from motet.adapters import refusals
 from motet.adapters.cache import LoweredCache
 from motet.adapters.device import Device
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import AdapterError, ArenaFullError
 from motet.adapters.host import HostTier
-from motet.adapters.lease import Lease, Resident
+from motet.adapters.lease import Lease, Resident, residents_of
 from motet.adapters.loader import Loader
 from motet.adapters.packed import Packed
 from motet.adapters.residency import Residency
@@ -56,6 +57,7 @@ class Tiers:
         self._again: dict[Resident, Again | None] = {}
         self._wanted: list[Resident] = []
         self._preloads: OrderedDict[Resident, None] = OrderedDict()
+        self._pinned: set[Resident] = set()
         self._blocked: tuple[Resident, float] | None = None
         self._stuck = False
         self._impossible: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
@@ -76,42 +78,34 @@ class Tiers:
 
     def hold(self, leases: Sequence[object]) -> bool:
         """Keep all of these versions on the device until let_go; False, and nothing held, while one is not there."""
-        residents = _residents(leases)
+        residents = residents_of(leases)
         with self._changed:
             if self._device.hold(residents):
                 return True
-            needed = sum(one.device_bytes for one in {*residents, *(one for one in self._again if one.pinned)})
-            if needed > self.residency.budget_bytes:
-                names = " + ".join(one.version.name for one in residents)
-                why = (
-                    f"adapters {names!r} do not fit on the device together: with those that are pinned they need "
-                    f"{needed:,} bytes, and adapter memory has {self.residency.budget_bytes:,}; use fewer at once, or "
-                    "raise --adapter-memory"
-                )
+            if (why := self._together(residents)) is not None:
                 self._impossible.update(dict.fromkeys(leases, why))
             return False
 
     def let_go(self, leases: Sequence[object]) -> None:
         """End what one successful `hold` of the same leases began."""
-        residents = _residents(leases)
+        residents = residents_of(leases)
         with self._changed:
             if self._device.let_go(residents) and self._blocked is not None:
                 self._tell()
 
     def want(self, leases: Sequence[object]) -> None:
         """What queued generations need next, most urgent first; replaces the last such list."""
-        wanted = list(dict.fromkeys(_residents(leases)))
+        wanted = list(dict.fromkeys(residents_of(leases)))
         with self._changed:
             if wanted == self._wanted:
                 return
             self._wanted = wanted
-            absent = any(one.slot is None for one in wanted)
-            if absent or self._blocked is not None:
+            if self._blocked is not None or any(one.slot is None for one in wanted):
                 self._tell()
 
     def failure(self, lease: object) -> str | None:
         """Why a version cannot be brought to the device; forgotten after RETRY_S."""
-        (resident,) = _residents([lease])
+        (resident,) = residents_of([lease])
         with self._changed:
             if resident.failure is not None and time.monotonic() - resident.failure[1] > RETRY_S:
                 resident.failure = None
@@ -138,6 +132,16 @@ class Tiers:
             self._again[resident] = again
         self._device.place(resident, packed, None)
 
+    def require_together(self, leases: Sequence[Lease]) -> None:
+        """Require that a request may hold all of these at the same time.
+
+        Raises:
+            ArenaFullError: they do not fit on the device beside what is pinned there.
+        """
+        with self._changed:
+            if (why := self._together(residents_of(leases))) is not None:
+                raise ArenaFullError(why)
+
     def place_beside(self, resident: Resident, lowered: Lowered) -> None:
         """Place a version that is there for a moment only; see `Residency.place_beside`.
 
@@ -146,16 +150,14 @@ class Tiers:
         """
         if not self._device.place_beside(resident, lambda: self.residency.place_beside(lowered)):
             needed, budget = self.residency.bytes_needed(lowered), self.residency.budget_bytes
-            raise ArenaFullError(
-                f"the exact form takes up to {needed:,} bytes while a lossy one is compared with it, and running "
-                f"requests leave no such room of {budget:,}; try again later or raise --adapter-memory"
-            )
+            raise ArenaFullError(refusals.no_room_beside(needed, budget))
 
     def drop(self, resident: Resident) -> None:
         """Free all that a version takes in memory; it has no lease any more."""
         with self._changed:
             self._again.pop(resident, None)
             self._preloads.pop(resident, None)
+            self._pinned.discard(resident)
             self._device.drop(resident)
             if self._blocked is not None:
                 self._tell()
@@ -171,12 +173,9 @@ class Tiers:
             unpinned = (one.device_bytes for one in self._again if not (one.pinned or one is resident))
             largest, pinned = max(unpinned, default=0), self._pinned_bytes(resident) + resident.device_bytes
             if pinned + largest > self.residency.budget_bytes:
-                raise ArenaFullError(
-                    f"adapter {resident.version.name!r} cannot be pinned: pinned adapters would take {pinned:,} of the "
-                    f"{self.residency.budget_bytes:,} bytes of adapter memory, and the largest other one needs "
-                    f"{largest:,}; unpin one or raise --adapter-memory"
-                )
+                raise ArenaFullError(refusals.unpinnable(resident, pinned, largest, self.residency.budget_bytes))
             resident.pinned = True
+            self._pinned.add(resident)
             if resident.slot is None:
                 self._tell()
 
@@ -184,6 +183,7 @@ class Tiers:
         """Let a version be evicted again."""
         with self._changed:
             resident.pinned = False
+            self._pinned.discard(resident)
             if self._blocked is not None:
                 self._tell()
 
@@ -249,7 +249,7 @@ class Tiers:
 
     def _next(self) -> tuple[Resident, Sequence[Resident]] | None:
         """What to bring now, and what must not give way to it; the caller holds the lock."""
-        queue = [*self._wanted, *(one for one in self._again if one.pinned), *self._preloads]
+        queue = [*self._wanted, *self._pinned, *self._preloads]
         for place, resident in enumerate(queue):
             if resident.slot is not None or resident.failure is not None or resident not in self._again:
                 continue
@@ -285,20 +285,11 @@ class Tiers:
     def _require_room(self, resident: Resident) -> None:
         pinned, budget = self._pinned_bytes(resident), self.residency.budget_bytes
         if resident.device_bytes + pinned > budget:
-            beside = f", of which pinned adapters take {pinned:,}: unpin one," if pinned else ":"
-            raise ArenaFullError(
-                f"the adapter needs {resident.device_bytes:,} bytes; adapter memory has {budget:,}{beside} use a "
-                "smaller adapter or raise --adapter-memory"
-            )
+            raise ArenaFullError(refusals.too_large(resident, pinned, budget))
+
+    def _together(self, residents: Sequence[Resident]) -> str | None:
+        needed, budget = sum(one.device_bytes for one in self._pinned | set(residents)), self.residency.budget_bytes
+        return refusals.too_many(residents, needed, budget) if needed > budget else None
 
     def _pinned_bytes(self, but: Resident) -> int:
-        return sum(one.device_bytes for one in self._again if one.pinned and one is not but)
-
-
-def _residents(leases: Sequence[object]) -> list[Resident]:
-    """Of leases of the registry: the engine knows them by fewer words."""
-    residents: list[Resident] = []
-    for lease in leases:
-        assert isinstance(lease, Lease)
-        residents.append(lease.resident)
-    return residents
+        return sum(one.device_bytes for one in self._pinned if one is not but)

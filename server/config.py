@@ -47,6 +47,21 @@ class ServeConfig:
     )
     versions_kept: int = _option(5, "Versions of each name that can be rolled back to, the current one included.")
     adapter_root: tuple[str, ...] = _option((), "Folder below which adapters may be loaded at run time; repeatable.")
+    adapter_source: tuple[str, ...] = _option(
+        (),
+        "Beginning of sources that adapters may be loaded from at run time, such as hf://OWNER/, s3://BUCKET/ or "
+        "https://HOST/; repeatable.",
+    )
+    adapter_revisions: str = _option(
+        "pinned", "Whether sources may name branches and tags, which change, for commits.", ("pinned", "floating")
+    )
+    download_dir: str = _option("auto", "Folder of downloaded adapters; auto is motet/downloads in the user's cache.")
+    download_size: str = _option("20GiB", "Bytes that folder may take, such as 2GiB.")
+    download_timeout: float = _option(600.0, "Seconds that a download may take.")
+    autoload: str | None = _option(
+        None, "Source of adapters that requests name and nobody has loaded, with {name} in it; without it they are 404."
+    )
+    autoload_wait: float = _option(60.0, "Seconds that a request waits for such an adapter before it is answered 503.")
     api_key_file: str | None = _option(
         None, "File of inference keys, a line each: KEY [label=NAME] [adapters=PATTERN,...]; without keys it is open."
     )

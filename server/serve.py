@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ from motet.adapters.arena import Arena
 from motet.adapters.cache import LoweredCache
 from motet.adapters.catalogue import Catalogue
 from motet.adapters.effects import Lowered
-from motet.adapters.host import HOST_BYTES, HostTier
+from motet.adapters.host import HostTier
 from motet.adapters.lease import Lease
-from motet.adapters.origin import folders
 from motet.adapters.receipt import Receipt
 from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
@@ -34,11 +32,13 @@ from motet.server.api.classifying import Classifying
 from motet.server.api.keys import Keys
 from motet.server.api.measuring import no_score, text_score
 from motet.server.api.merging import Merging
+from motet.server.api.publishing import autoloading
 from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Service
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
-from motet.server.config import OptionError, ServeConfig, parse_adapter, parse_bytes
+from motet.server.budgets import adapter_cache, device_budget, host_budget
+from motet.server.config import OptionError, ServeConfig, parse_adapter
 from motet.server.draining import DrainingServer
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine
@@ -53,19 +53,12 @@ from motet.server.model.loader import LoadedModel, load
 from motet.server.model.vision import is_vision, load_vision
 from motet.server.native import native_engine, with_rows
 from motet.server.slow_headers import patient_for
+from motet.server.sourcing import OpenSources, open_sources
 from motet.server.tier_metrics import everything
 
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
 
-CPU_MEMORY_BYTES = 1 << 30
-"""Default of --kv-memory and --adapter-memory on a CPU; committed by the operating system as it is first used."""
-CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
-"""Default shares of the free device memory after the base model is loaded."""
-HOST_SHARE = 0.25
-"""Of the machine's memory, at most HOST_BYTES: default of --host-memory."""
-CACHE_BYTES = 10 << 30
-"""Default of --adapter-cache-size."""
 LAST_WORDS_S = 3
 """Time for answers that are complete to reach their clients."""
 
@@ -88,6 +81,7 @@ class Assembled:
     adapters: tuple[tuple[str, Path, Declared], ...]
     steps: Steps
     keys: Keys
+    sources: OpenSources
     threads: int
     report: Report
     limits: RequestLimits
@@ -142,48 +136,19 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     keys, limits, quotas = keys_of(config), limits_of(config), quotas_of(config)
     adapters = tuple(parse_adapter(text) for text in config.adapter)
     require_possible(config, adapters)
-    cache = _adapter_cache(config)
+    cache, sources = adapter_cache(config), open_sources(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see own_the_processors
     loaded = load_base(config, report, native_engine(config, choose_device(config.device), threads, report))
-    residency = new_residency(loaded, _budget(config.adapter_memory, "adapter-memory", loaded.device))
+    residency = new_residency(loaded, device_budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
-        steps = text_steps(config, loaded, residency, _budget(config.kv_memory, "kv-memory", loaded.device))
-        threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
+        steps = text_steps(config, loaded, residency, device_budget(config.kv_memory, "kv-memory", loaded.device))
+        threads = threads if loaded.engine is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
-    host = HostTier(_host_budget(config))
+    host = HostTier(host_budget(config))
     tiers = Tiers(residency, host, cache, loaded.base.fingerprint)
-    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, threads, report, limits, quotas)
-
-
-def _adapter_cache(config: ServeConfig) -> LoweredCache | None:
-    size = parse_bytes("adapter-cache-size", config.adapter_cache_size)
-    if config.adapter_cache == "off":
-        return None
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is invalid and ignored.
-    user = configured if os.path.isabs(configured) else os.path.expanduser("~/.cache")
-    folder = Path(user) / "motet" / "lowered" if config.adapter_cache == "auto" else Path(config.adapter_cache)
-    return LoweredCache(folder.expanduser(), CACHE_BYTES if size is None else size)
-
-
-def _budget(text: str, option: str, device: torch.device) -> int:
-    given = parse_bytes(option, text)
-    if given is not None:
-        return given
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_SHARES[option])
-    return CPU_MEMORY_BYTES
-
-
-def _host_budget(config: ServeConfig) -> int:
-    given = parse_bytes("host-memory", config.host_memory)
-    if given is not None:
-        return given
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(HOST_BYTES, int(whole * HOST_SHARE))
+    return Assembled(loaded, residency, cache, tiers, adapters, steps, keys, sources, threads, report, limits, quotas)
 
 
 def own_the_processors(engine: Engine) -> None:
@@ -221,9 +186,8 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
             http=patient_for(assembled.limits.body_timeout_s),
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
+        service.apply_quotas(service.registry.published())
         names = [info.version.name for info in service.registry.published()]
-        for info in service.registry.published():
-            service.apply_quota(info)
         await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
 
@@ -242,6 +206,7 @@ async def opened(config: ServeConfig, assembled: Assembled, *, golden: bool = Tr
         try:
             yield service
         finally:
+            assembled.sources.all.close()
             service.engine.stop()
     finally:
         assembled.tiers.stop()
@@ -253,8 +218,8 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
     adapter_quotas, key_quotas = assembled.quotas
-    fair = Fair(lambda party: adapter_quotas.weight(party or steps.info.name))
-    policy = fair if config.policy == "fair" else Fcfs()
+    shares = Fair(lambda party: adapter_quotas.weight(party or steps.info.name))
+    policy = shares if config.policy == "fair" else Fcfs()
     scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:
@@ -269,11 +234,12 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     if golden:
         check = golden_check(scorer, loop)
         score = no_score if steps.tokenizer is None else text_score(scorer, loop, steps.tokenizer)
-    resolve = folders([Path(root).expanduser() for root in config.adapter_root])
+    sources, resolve = assembled.sources, assembled.sources.all.folders
     registry = Registry(
         assembled.loaded.base, residency, assembled.cache, check, score, assembled.tiers, catalogue, resolve
     )
-    return Service(
+    sources.keep_what_is_in(catalogue)
+    service = Service(
         base=steps.info,
         tokenizer=steps.tokenizer,
         registry=registry,
@@ -287,6 +253,9 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
         adapter_quotas=adapter_quotas,
         key_quotas=key_quotas,
     )
+    if sources.autoload is not None:
+        service.autoload = autoloading(service, sources.autoload, config.autoload_wait)
+    return service
 
 
 def lower_alone(

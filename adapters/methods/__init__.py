@@ -25,6 +25,7 @@ from motet.adapters.methods import (
     residual,
     s2ft,
 )
+from motet.adapters.methods.pattern_cost import require_bounded
 from motet.adapters.source import GATE_FILE, AdapterFiles
 
 
@@ -75,6 +76,9 @@ def lower(files: AdapterFiles, base: BaseModel) -> Lowered:
                     f"the folder has {GATE_FILE}, of which no tensor matches a rule of {method.NAME}; applying the "
                     "rest would give wrong answers: remove the file if it does not belong to the adapter"
                 )
+            for part in (files, files.initial):
+                if part is not None:
+                    require_bounded(part.config, (*base.targets, *base.other_modules))
             return method.lower(files, base)
     names = ", ".join(method.NAME for method in METHODS)
     raise UnsupportedError(f"peft_type {files.config.get('peft_type')!r} is not served; methods served: {names}")

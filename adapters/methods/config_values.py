@@ -15,6 +15,8 @@ Value = TypeVar("Value")
 
 LONGEST_PATTERN = 2_000
 """Characters of a regular expression that is accepted from a config."""
+MOST_PATTERNS = 4_096
+"""Of one key: one for each layer of a large base."""
 
 WHOLE_PATH = "{}"
 PATH_ENDING = r"(.*\.)?({})$"
@@ -70,8 +72,8 @@ def names(key: str, value: object) -> tuple[str, ...]:
 def patterns(key: str, value: object) -> tuple[str, ...]:
     """Regular expressions of layer lists; one alone may stand without a list."""
     patterns = (value,) if isinstance(value, str) else value
-    if not isinstance(patterns, list | tuple):
-        raise ConfigError(f"{key}={value!r} is not a list of regular expressions")
+    if not isinstance(patterns, list | tuple) or len(patterns) > MOST_PATTERNS:
+        raise ConfigError(f"{key} is not a list of up to {MOST_PATTERNS:,} regular expressions")
     return tuple(regular_expression(key, pattern, NUMBERED_LAYER) for pattern in patterns)
 
 
@@ -85,13 +87,18 @@ def layer_numbers(value: object) -> frozenset[int] | None:
     return frozenset(layers)
 
 
-def pattern_table(key: str, value: object, check: Callable[[str, object], Value]) -> tuple[tuple[str, Value], ...]:
-    """(regular expression for a path ending, checked value) in the order written."""
+def pattern_table(
+    key: str, value: object, check: Callable[[str, object], Value]
+) -> tuple[tuple[re.Pattern[str], Value], ...]:
+    """(regular expression that matches a path with the ending, checked value) in the order written."""
     if not isinstance(value, dict):
         raise ConfigError(f"{key}={value!r} is not an object of pattern: value")
+    if len(value) > MOST_PATTERNS:
+        raise ConfigError(f"{key} has {len(value):,} patterns, more than {MOST_PATTERNS:,}; is it an adapter?")
+    table = ((regular_expression(key, pattern, PATH_ENDING), pattern, item) for pattern, item in value.items())
     return tuple(
-        (regular_expression(key, pattern, PATH_ENDING), check(f"{key}[{pattern!r}]", item))
-        for pattern, item in value.items()
+        (re.compile(PATH_ENDING.format(checked)), check(f"{key}[{pattern!r}]", item))
+        for checked, pattern, item in table
     )
 
 

@@ -18,7 +18,6 @@ from motet.adapters.base import BaseModel, Kind
 from motet.adapters.errors import ConfigError, UnsupportedError
 from motet.adapters.methods.config_values import (
     NUMBERED_LAYER,
-    PATH_ENDING,
     Value,
     boolean,
     layer_numbers,
@@ -90,7 +89,7 @@ class PeftLoraConfig:
         layers_to_transform: layer numbers, or None for all.
         modules_to_save: endings of the paths of modules that were trained as a whole.
         trained_tokens: ending of a module's path, or None for the input embedding → the tokens whose rows were trained.
-        rank_pattern, alpha_pattern: (regular expression for a path ending, value), first match wins.
+        rank_pattern, alpha_pattern: (regular expression for a path with the ending, value), first match wins.
     """
 
     r: int
@@ -105,8 +104,8 @@ class PeftLoraConfig:
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     trained_tokens: Mapping[str | None, tuple[int, ...]]
-    rank_pattern: tuple[tuple[str, int], ...]
-    alpha_pattern: tuple[tuple[str, float], ...]
+    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
 
     def rank(self, module: str) -> int:
         """Rank for the module at this path."""
@@ -239,5 +238,5 @@ def _check_init(init: object) -> None:
     raise ConfigError(f"init_lora_weights={init!r} is unknown; whether it changes the base model cannot be told")
 
 
-def _first_match(table: Sequence[tuple[str, Value]], module: str, default: Value) -> Value:
-    return next((value for key, value in table if re.match(PATH_ENDING.format(key), module)), default)
+def _first_match(table: Sequence[tuple[re.Pattern[str], Value]], module: str, default: Value) -> Value:
+    return next((value for pattern, value in table if pattern.match(module)), default)

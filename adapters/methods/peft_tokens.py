@@ -61,11 +61,11 @@ def _saved_layers(bag: TensorBag, base: BaseModel) -> dict[str, torch.Tensor]:
     by_parameter: dict[str, torch.Tensor] = {}
     for path in end_paths(base):
         name = f"{path}.weight"
-        vocabulary, width = base.parameter(name).shape
         for key in (f"{PREFIX}{path}{ending}" for ending in LAYERS):
-            values_VD = bag.take_if_present(key, (max(vocabulary, bag.rows(key) or 0), width))
-            if values_VD is None:
-                continue
+            if (rows := bag.rows(key)) is None:
+                continue  # before the base's layer is copied to float32 for its shape
+            vocabulary, width = base.parameter(name).shape
+            values_VD = bag.take(key, (max(vocabulary, rows), width))
             other_VD = by_parameter.setdefault(base.tied.get(name, name), values_VD)
             if not torch.equal(values_VD, other_VD):
                 raise ConfigError(

@@ -51,15 +51,19 @@ class Admission:
     clock: Callable[[], float] = time.monotonic
     _ends: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
+    @property
+    def most(self) -> int:
+        """Generations that may run and wait together."""
+        return self.max_waiting + self.engine.most_running
+
     def require_room(self, generations: int) -> None:
         """Refuse what does not fit into the queue.
 
         Raises:
             ApiError: 429, or 400 where it never fits.
         """
-        most = self.max_waiting + self.engine.most_running
-        if generations > most:
-            message = f"the request is {generations} generations; at most {most} run and wait here: send fewer at once"
+        if generations > self.most:
+            message = f"the request is {generations} generations; at most {self.most} run and wait here: send fewer"
             raise ApiError(400, message, code="queue_full", param="n")
         room = self.engine.room(self.max_waiting)
         if generations > room:

@@ -71,6 +71,10 @@ _ADAPTER_STATUS: tuple[tuple[type[adapter_errors.AdapterError], int, str], ...] 
     (adapter_errors.AdapterNotFoundError, 404, "model_not_found"),
     (adapter_errors.SourceNotFoundError, 404, "adapter_source_not_found"),
     (adapter_errors.UnsafePathError, 403, "adapter_path_forbidden"),
+    (adapter_errors.ForbiddenSourceError, 403, "adapter_source_forbidden"),
+    (adapter_errors.InvalidSourceError, 400, "adapter_source_invalid"),
+    (adapter_errors.SourceUnavailableError, 503, "adapter_source_unavailable"),
+    (adapter_errors.StoreFullError, 507, "adapter_downloads_full"),
     (adapter_errors.SourceChangedError, 409, "adapter_source_changed"),
     (adapter_errors.VersionConflictError, 409, "version_conflict"),
     (adapter_errors.NameBusyError, 423, "publish_in_progress"),
@@ -91,7 +95,8 @@ def from_adapter_error(error: adapter_errors.AdapterError, param: str | None = N
     status, code = next((status, code) for kind, status, code in _ADAPTER_STATUS if isinstance(error, kind))
     if isinstance(error, adapter_errors.GateError):
         param = error.field
-    retry_after_s = PUBLISH_RETRY_S if status == 429 else None
+    passing = isinstance(error, adapter_errors.PublishesFullError | adapter_errors.SourceUnavailableError)
+    retry_after_s = PUBLISH_RETRY_S if passing else None
     return ApiError(status, str(error), code=code, param=param, retry_after_s=retry_after_s)
 
 

@@ -155,6 +155,7 @@ async def leased(service: Service, model: str, caller: Caller) -> AsyncIterator[
     Raises:
         ApiError: there is no such model.
     """
+    await service.prepare(caller, model)
     lease = service.resolve(model, caller)
     try:
         yield Labeller(service, lease)

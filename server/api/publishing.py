@@ -9,11 +9,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from motet.adapters.condition import Terms
+from motet.adapters.condition import NEW, Terms
 from motet.adapters.errors import AdapterError
 from motet.adapters.origin import Origin
 from motet.adapters.standing import AdapterInfo
 from motet.adapters.version import AdapterVersion
+from motet.server.api.autoload import Autoload, Template
 from motet.server.api.service import Service
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,15 @@ async def remove(service: Service, name: str, terms: Terms) -> AdapterVersion:
     return version
 
 
+def autoloading(service: Service, template: Template, wait_s: float) -> Autoload:
+    """Loading adapters that requests name, from the template's sources."""
+
+    async def load(name: str, source: str) -> None:
+        await publish(service, name, Origin(source), Terms(NEW, actor="autoload"))
+
+    return Autoload(template, load, service.knows, wait_s)
+
+
 async def _load(service: Service, name: str, load: Callable[[], AdapterInfo]) -> AdapterInfo:
     try:
         info = await asyncio.to_thread(load)
@@ -44,7 +54,7 @@ async def _load(service: Service, name: str, load: Callable[[], AdapterInfo]) ->
         service.metrics.loads.labels("refused").inc()
         logger.warning("adapter %r was refused: %s", name, error)
         raise
-    service.apply_quota(info)
+    service.apply_quotas([info])
     service.metrics.loads.labels("loaded").inc()
     logger.info("adapter %s is loaded", info.version.short)
     return info

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from motet.adapters.errors import AdapterNotFoundError, GateError, VersionNotServedError
+from motet.adapters.errors import AdapterFailedError, AdapterNotFoundError, GateError, VersionNotServedError
 from motet.adapters.gates.instance import InstanceGate
 from motet.adapters.lease import Lease
 from motet.adapters.pointers import unknown
@@ -19,6 +19,7 @@ from motet.adapters.registry import Registry
 from motet.adapters.standing import AdapterInfo
 from motet.server.api import merge_asks, uses
 from motet.server.api.admission import Admission, Ticket
+from motet.server.api.autoload import Autoload
 from motet.server.api.base_info import BaseInfo
 from motet.server.api.classifying import Classifying
 from motet.server.api.errors import ApiError, from_adapter_error
@@ -49,6 +50,7 @@ class Service:
         max_waiting: generations that may wait; more are answered 429.
         adapter_quotas, key_quotas: by adapter's or base's name, and by key's label.
         admission: what goes by them.
+        autoload: loads adapters that requests name; None where only administration loads.
         ready: the base is loaded and warm.
         draining: no new requests.
     """
@@ -67,6 +69,7 @@ class Service:
     key_quotas: Quotas = field(default_factory=lambda: Quotas("API key"))
     admission: Admission = field(init=False)
     heads: Heads = field(default_factory=Heads)
+    autoload: Autoload | None = None
     ready: bool = False
     draining: bool = False
     _placeholders: weakref.WeakKeyDictionary[InstanceGate, Placeholders] = field(
@@ -80,6 +83,28 @@ class Service:
     def healthy(self) -> bool:
         """Whether the step thread lives and its steps succeed."""
         return self.engine.alive and self.engine.state.failures < FAILURES_UNHEALTHY
+
+    def knows(self, model: str) -> bool:
+        """Whether the name means something, served or not."""
+        if model == self.base.name or MARK in model or self.merging.find(model) is not None:
+            return True
+        try:
+            self.registry.get(model)
+        except AdapterFailedError:
+            return True
+        except AdapterNotFoundError:
+            return False
+        return True
+
+    async def prepare(self, caller: Caller, *models: str) -> None:
+        """Have adapters loaded that nobody has loaded, where that is on and the caller may see them.
+
+        Raises:
+            ApiError: one is refused, or takes too long.
+        """
+        if self.autoload is not None:
+            for model in filter(caller.may_see, models):
+                await self.autoload.ensure(model)
 
     def resolve(self, model: str, caller: Caller) -> Lease | None:
         """A lease on the adapter of that name, or None for the base.
@@ -105,22 +130,17 @@ class Service:
         self.require_open()
         self.require_texts()
         uses.require_one_way(body, self.base.name)
+        await self.prepare(caller, *([body.model] if body.adapters is None else [one.name for one in body.adapters]))
         merged = await self._merged(body, caller)
-        applied = await self._applied(body, caller) if merged is None else [await self._of_merge(merged)]
+        if merged is None:
+            applied, names = await self._applied(body, caller)
+        else:
+            applied, names = [await self._of_merge(merged)], (merged.pool.name,)
         try:
-            voice = replace(await self._voice(applied, body), merge=None if merged is None else merged.name)
-            yield replace(voice, names=self._names(body, merged, applied))
+            voice = await self._voice(applied, body)
+            yield replace(voice, merge=None if merged is None else merged.name, names=names)
         finally:
             uses.release(self.registry, applied)
-
-    def _names(self, body: GenerationBody, merged: Merged | None, applied: list[Applied]) -> tuple[str, ...]:
-        """Of the adapters as they are published."""
-        if body.adapters is not None:
-            return tuple(dict.fromkeys(part.name for part in body.adapters))
-        merged = merged or self.merging.find(body.model)
-        if merged is not None:
-            return (merged.pool.name,)
-        return (applied[0].lease.version.name if applied else self.base.name,)
 
     async def _merged(self, body: GenerationBody, caller: Caller) -> Merged | None:
         """The merge that the request brings along."""
@@ -131,27 +151,29 @@ class Service:
         except AdapterNotFoundError as error:
             raise _unknown(body.model, error) from error
 
-    async def _applied(self, body: GenerationBody, caller: Caller) -> list[Applied]:
+    async def _applied(self, body: GenerationBody, caller: Caller) -> tuple[list[Applied], tuple[str, ...]]:
+        """And the names of the published adapters that it is made of, or the base's."""
         if body.adapters is not None:
             parts = uses.mixed(self.registry, body, caller)
+            names = tuple(dict.fromkeys(one.lease.version.name for one in parts))
             if body.merge_method == "linear":
-                return parts
+                return parts, names
             try:
                 turn = self.merging.turns.turn(caller.label)
-                return [await uses.merged(self.registry, body, parts, turn)]
+                return [await uses.merged(self.registry, body, parts, turn)], names
             finally:
                 uses.release(self.registry, parts)
         if (known := self.known_merge(body.model, caller)) is not None:
             if body.gate is not None:
                 raise GateError("gate", f"merge {body.model!r} has its factors already; remove the field")
-            return [await self._of_merge(known)]
+            return [await self._of_merge(known)], (known.pool.name,)
         lease = self.resolve(body.model, caller)
         if lease is None:
             if body.gate is not None:
                 raise GateError("gate", "the base model has no gate; remove the field")
-            return []
+            return [], (self.base.name,)
         try:
-            return [await uses.gated(lease, body.gate)]
+            return [await uses.gated(lease, body.gate)], (lease.version.name,)
         except BaseException:
             self.registry.release(lease)
             raise
@@ -209,9 +231,10 @@ class Service:
             raise ApiError(503, f"the server is {state}; try again", code=f"server_{state}", retry_after_s=5)
         self.admission.require_room(1)
 
-    def apply_quota(self, info: AdapterInfo) -> None:
-        """From now on an adapter has the quota that it was published with, where it was with one."""
-        self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
+    def apply_quotas(self, infos: Iterable[AdapterInfo]) -> None:
+        """From now on adapters have the quotas that they were published with, where they were with one."""
+        for info in infos:
+            self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
 
     @contextlib.contextmanager
     def counted(self, caller: Caller, name: str, version: str, generations: int = 1) -> Iterator[Ticket]:
@@ -222,7 +245,7 @@ class Service:
         """
         series, outcome = self.metrics.by_adapter.of(name), "refused"
         try:
-            with self.admission.admitted(caller, [name], 0, generations) as ticket:
+            with self.admission.admitted(caller, [name], 0, min(generations, self.admission.most)) as ticket:
                 outcome = "failed"
                 yield ticket
                 outcome = "finished"

@@ -36,7 +36,7 @@ from tests.support.fake_memory import FakeMemory
 from tests.unit.server.engine.steps import commit, generation
 
 POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Fcfs, "fair": Fair}
-FLOOD, TOKENS, RUNNING = 48, 32, 8
+FLOOD, TOKENS, RUNNING = 32, 16, 4
 """Requests at once of the flood, tokens of each answer, and how many the server runs at once."""
 WAITING, ADAPTERS, STEPS = 1000, 100, 300
 """Of the scheduler alone."""

@@ -1,4 +1,4 @@
-"""What running streams notice of adapters that come and go: inter-token latency while others load, beside the quiet one.
+"""What running streams notice of adapters that come and go: inter-token latency while others load, beside quiet.
 
 Starts a real server, keeps some streams running, and takes turns between conditions while they run:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import tempfile
 import time
@@ -31,7 +32,7 @@ from tests.bench.client import Endpoint, stream_completion
 from tests.bench.cpu_usage import CpuMeter
 from tests.bench.machine import Machine
 from tests.bench.make_adapters import make_adapters
-from tests.bench.stats import Distribution
+from tests.bench.stats import distribution
 from tests.bench.workload import PlannedRequest
 from tests.e2e.process import ADMIN_KEY, Server
 
@@ -51,7 +52,7 @@ class Turns:
 
     def gaps_of(self, condition: str, times_s: list[float]) -> list[float]:
         """Gaps between tokens that lie within turns of a condition."""
-        gaps = list(zip(times_s, times_s[1:], strict=False))
+        gaps = list(itertools.pairwise(times_s))
         spans = [(start, stop) for name, start, stop in self.spans if name == condition]
         return [late - early for early, late in gaps if any(start <= early and late <= stop for start, stop in spans)]
 
@@ -87,10 +88,12 @@ class Work:
         assert answer.status_code == 200, answer.text
 
 
-async def take_turns(work: Work, rounds: int, turn_s: float, streaming: Callable[[], bool]) -> Turns:
+async def take_turns(
+    work: Work, conditions: list[str], rounds: int, turn_s: float, streaming: Callable[[], bool]
+) -> Turns:
     turns = Turns()
     for _ in range(rounds):
-        for condition in CONDITIONS:
+        for condition in conditions:
             do: Callable[[], Coroutine[Any, Any, None]] = getattr(work, condition)
             began_s, done = time.perf_counter(), 0
             while (at_s := time.perf_counter()) < began_s + turn_s:
@@ -126,12 +129,14 @@ async def measure(server: Server, options: argparse.Namespace, work: Work, hot: 
         for i, name in enumerate(hot)
     ]
     await asyncio.sleep(3)
-    turns = await take_turns(work, options.rounds, options.turn_s, lambda: not any(one.done() for one in streams))
+    turns = await take_turns(
+        work, options.conditions, options.rounds, options.turn_s, lambda: not any(one.done() for one in streams)
+    )
     cpu = meter.stop()
     await asyncio.to_thread(server.stop)
     times = [timeline.chunk_times_s for timeline in await asyncio.gather(*streams)]
-    gaps = {one: [gap for stream in times for gap in turns.gaps_of(one, stream)] for one in CONDITIONS}
-    itl = {one: Distribution.of(values) for one, values in gaps.items()}
+    gaps = {one: [gap for stream in times for gap in turns.gaps_of(one, stream)] for one in options.conditions}
+    itl = {one: distribution(values) for one, values in gaps.items()}
     quiet = itl["quiet"]
     assert quiet is not None
     return {
@@ -185,6 +190,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--turn-s", type=float, default=5.0)
     parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--conditions", type=lambda text: text.split(","), default=list(CONDITIONS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     arguments = {name: value for name, value in vars(options).items() if name not in ("out", "model")}

@@ -82,7 +82,7 @@ class Harness:
         tiers = Tiers(residency, HostTier(host_bytes), cache, base.fingerprint)
         self.registry = Registry(base, residency, cache, tiers=tiers)
         targets = list(self.loaded.base.targets.values())
-        effects = EffectsBuilder(
+        self.effects = EffectsBuilder(
             self.registry.residency,
             targets,
             backend,
@@ -90,7 +90,7 @@ class Harness:
             head=self.loaded.head_path,
             engine=engine,
         )
-        self.runner = RecordingRunner(self.loaded, effects)
+        self.runner = RecordingRunner(self.loaded, self.effects)
         self.pool = BlockPool(blocks, block_size)
         self.scheduler = Scheduler(self.pool, StepLimits(rows, generations), self.registry.tiers)
         self.engine = Engine(self.scheduler, self.runner, self._publish, self._end_lease)

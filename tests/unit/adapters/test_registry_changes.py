@@ -84,8 +84,8 @@ def test_one_name_is_changed_by_one_at_a_time(registry: Registry, monkeypatch: p
 
 def test_only_so_many_are_prepared_at_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     put(registry, "0", name="there")
-    together, pack = threading.Barrier(PUBLISHES + 1), registry.residency.pack
-    monkeypatch.setattr(registry.residency, "pack", lambda lowered: (together.wait(30), pack(lowered))[1])
+    together, resolve = threading.Barrier(PUBLISHES + 1), registry._publishing._resolve
+    monkeypatch.setattr(registry._publishing, "_resolve", lambda origin: (together.wait(30), resolve(origin))[1])
     with ThreadPoolExecutor(PUBLISHES) as pool:
         running = [pool.submit(put, registry, "0", name=str(i)) for i in range(PUBLISHES)]
         eventually(lambda: together.n_waiting == PUBLISHES)

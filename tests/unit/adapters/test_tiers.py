@@ -3,82 +3,16 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from motet.adapters import tiers as tiers_module
 from motet.adapters.cache import LoweredCache
-from motet.adapters.effects import Lowered
 from motet.adapters.errors import ArenaFullError, SourceChangedError
-from motet.adapters.host import HostTier
-from motet.adapters.lease import Lease, Leases, Resident
-from motet.adapters.tiers import Tiers
-from motet.adapters.version import AdapterVersion, Digest
-from tests.support.bases import residency_of
-from tests.support.lowered import BASE, DEVICE_BYTES, HOST_BYTES, lowered
-
-DEADLINE_S = 20.0
-
-
-class Rig:
-    """Tiers with room for some adapters of rank one, and every adapter's own value."""
-
-    def __init__(self, device: int, host: int, cache: LoweredCache | None = None) -> None:
-        self.tiers = Tiers(residency_of(BASE, device * DEVICE_BYTES), HostTier(host * HOST_BYTES), cache, "base")
-        self.leases = Leases(self.tiers.drop)
-        self.again: list[int] = []
-        self.error: Exception | None = None
-        self.news = threading.Condition()
-        self.tiers.listen(self._wake)
-
-    def admit(self, value: int, rank: int = 1) -> Lease:
-        def again() -> Lowered:
-            self.again.append(value)
-            if self.error is not None:
-                raise self.error
-            return lowered(value, rank)
-
-        resident = Resident(AdapterVersion(str(value), Digest(f"{value:064x}")))
-        self.tiers.admit(resident, self.tiers.residency.pack(lowered(value, rank)), again)
-        return self.leases.take(resident)
-
-    def bring(self, *leases: Lease) -> None:
-        """Want and hold, as the engine does."""
-        self.tiers.want(leases)
-        self.eventually(lambda: self.tiers.hold(leases))
-        self.tiers.want([])
-
-    def use(self, lease: Lease) -> None:
-        self.bring(lease)
-        assert self.value(lease) == float(lease.version.name)
-        self.tiers.let_go([lease])
-
-    def value(self, lease: Lease) -> float:
-        """What lies on the device: all values of the pair are equal."""
-        residency = self.tiers.residency
-        at = residency.addresses([lease.slot])
-        rank = int(at.rank[0, 0])
-        values = [residency.arena.view(int(one[0, 0]), torch.Size((rank, 4))) for one in (at.a_first, at.b_first)]
-        (found,) = {float(value) for tensor in values for value in tensor.reshape(-1)}
-        return found
-
-    def eventually(self, look: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + DEADLINE_S
-        with self.news:
-            while not look():
-                assert time.monotonic() < deadline_s
-                self.news.wait(0.01)
-
-    def there(self, leases: list[Lease]) -> list[bool]:
-        return [lease.resident.slot is not None for lease in leases]
-
-    def _wake(self) -> None:
-        with self.news:
-            self.news.notify_all()
+from tests.support.lowered import DEVICE_BYTES, HOST_BYTES
+from tests.unit.adapters.tiers_rig import DEADLINE_S, Rig
 
 
 @pytest.fixture
@@ -178,11 +112,22 @@ def test_adapters_that_are_held_together_do_not_evict_each_other(rig: Rig) -> No
             rig.tiers.let_go(pair)
 
 
+def test_what_is_wanted_more_urgently_is_not_evicted_for_it(rig: Rig) -> None:
+    one, two, three = (rig.admit(value) for value in (1, 2, 3))
+    rig.use(two)
+    rig.bring(one, three)  # one was used longest ago
+    assert rig.tiers.evictions[("device", "room")] == 1
+    assert rig.there([one, two, three]) == [True, False, True]
+
+
 def test_more_than_fit_together_are_refused_those_that_fit_are_not(rig: Rig) -> None:
     leases = [rig.admit(value) for value in (1, 2, 3)]
     assert not rig.tiers.hold(leases)
     assert all("together" in (rig.tiers.failure(lease) or "") for lease in leases)
+    with pytest.raises(ArenaFullError, match="together"):
+        rig.tiers.require_together(leases)
     again = [rig.leases.take(lease.resident) for lease in leases[1:]]
+    rig.tiers.require_together(again)
     rig.bring(*again)
 
 
@@ -272,6 +217,20 @@ def test_pins_leave_room_for_the_largest_other_one(rig: Rig) -> None:
     assert not leases[1].resident.pinned
     with pytest.raises(ArenaFullError, match="of which pinned adapters take"):
         rig.admit(4, rank=2)
+
+
+def test_a_pinned_one_that_is_in_the_way_moves_and_comes_back() -> None:
+    """Bytes enough are free, but on both sides of it."""
+    rig = Rig(device=4, host=12)
+    leases = [rig.admit(value) for value in (1, 2, 3, 4)]
+    rig.tiers.pin(leases[1].resident)
+    large = rig.admit(5, rank=3)
+    rig.bring(large)
+    assert rig.value(large) == 5.0
+    rig.eventually(lambda: leases[1].resident.slot is not None)
+    assert rig.value(leases[1]) == 2.0
+    assert rig.tiers.evictions == {("device", "room"): 3, ("device", "compaction"): 1, ("host", "room"): 0}
+    rig.tiers.stop()
 
 
 def test_a_preloaded_one_comes_without_being_asked_for(rig: Rig) -> None:
