@@ -198,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out.exists():
         print(f"nothing measured: {options.out} exists; it would mix two runs", file=sys.stderr)
         return 2
+    options.out.touch()
     go_first()
     model = options.model or default_model()
     setups = [s for s in SETUPS if s.server in options.servers and s.registered <= options.most_registered]
