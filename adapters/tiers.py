@@ -21,7 +21,7 @@ from motet.adapters.device import Device
 from motet.adapters.effects import Lowered
 from motet.adapters.errors import AdapterError, ArenaFullError
 from motet.adapters.host import HostTier
-from motet.adapters.lease import Lease, Resident
+from motet.adapters.lease import Lease, Resident, residents_of
 from motet.adapters.loader import Loader
 from motet.adapters.packed import Packed
 from motet.adapters.residency import Residency
@@ -78,25 +78,24 @@ class Tiers:
 
     def hold(self, leases: Sequence[object]) -> bool:
         """Keep all of these versions on the device until let_go; False, and nothing held, while one is not there."""
-        residents = _residents(leases)
+        residents = residents_of(leases)
         with self._changed:
             if self._device.hold(residents):
                 return True
-            needed, budget = sum(one.device_bytes for one in self._pinned | set(residents)), self.residency.budget_bytes
-            if needed > budget:
-                self._impossible.update(dict.fromkeys(leases, refusals.too_many(residents, needed, budget)))
+            if (why := self._together(residents)) is not None:
+                self._impossible.update(dict.fromkeys(leases, why))
             return False
 
     def let_go(self, leases: Sequence[object]) -> None:
         """End what one successful `hold` of the same leases began."""
-        residents = _residents(leases)
+        residents = residents_of(leases)
         with self._changed:
             if self._device.let_go(residents) and self._blocked is not None:
                 self._tell()
 
     def want(self, leases: Sequence[object]) -> None:
         """What queued generations need next, most urgent first; replaces the last such list."""
-        wanted = list(dict.fromkeys(_residents(leases)))
+        wanted = list(dict.fromkeys(residents_of(leases)))
         with self._changed:
             if wanted == self._wanted:
                 return
@@ -106,7 +105,7 @@ class Tiers:
 
     def failure(self, lease: object) -> str | None:
         """Why a version cannot be brought to the device; forgotten after RETRY_S."""
-        (resident,) = _residents([lease])
+        (resident,) = residents_of([lease])
         with self._changed:
             if resident.failure is not None and time.monotonic() - resident.failure[1] > RETRY_S:
                 resident.failure = None
@@ -132,6 +131,16 @@ class Tiers:
         with self._changed:
             self._again[resident] = again
         self._device.place(resident, packed, None)
+
+    def require_together(self, leases: Sequence[Lease]) -> None:
+        """Require that a request may hold all of these at the same time.
+
+        Raises:
+            ArenaFullError: they do not fit on the device beside what is pinned there.
+        """
+        with self._changed:
+            if (why := self._together(residents_of(leases))) is not None:
+                raise ArenaFullError(why)
 
     def place_beside(self, resident: Resident, lowered: Lowered) -> None:
         """Place a version that is there for a moment only; see `Residency.place_beside`.
@@ -278,14 +287,9 @@ class Tiers:
         if resident.device_bytes + pinned > budget:
             raise ArenaFullError(refusals.too_large(resident, pinned, budget))
 
+    def _together(self, residents: Sequence[Resident]) -> str | None:
+        needed, budget = sum(one.device_bytes for one in self._pinned | set(residents)), self.residency.budget_bytes
+        return refusals.too_many(residents, needed, budget) if needed > budget else None
+
     def _pinned_bytes(self, but: Resident) -> int:
         return sum(one.device_bytes for one in self._pinned if one is not but)
-
-
-def _residents(leases: Sequence[object]) -> list[Resident]:
-    """Of leases of the registry: the engine knows them by fewer words."""
-    residents: list[Resident] = []
-    for lease in leases:
-        assert isinstance(lease, Lease)
-        residents.append(lease.resident)
-    return residents

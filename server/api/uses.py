@@ -108,6 +108,7 @@ def mixed(registry: Registry, body: GenerationBody, caller: Caller) -> list[Appl
 
     Raises:
         GateError: an adapter cannot be mixed, or a weight is impossible.
+        ArenaFullError: they do not fit on the device together.
         ApiError: there is no such adapter.
     """
     parts = body.adapters or []
@@ -122,6 +123,8 @@ def mixed(registry: Registry, body: GenerationBody, caller: Caller) -> list[Appl
             applied.append(Applied(lease, (float(part.weight),)))
             if why := lease.resident.unmixable:
                 raise GateError(f"adapters.{place}.name", f"adapter {part.name!r} cannot be mixed: {why}; leave it out")
+        if body.merge_method == "linear":
+            registry.tiers.require_together([held(one) for one in applied])
     except BaseException:
         release(registry, applied)
         raise

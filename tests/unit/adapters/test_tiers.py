@@ -112,11 +112,22 @@ def test_adapters_that_are_held_together_do_not_evict_each_other(rig: Rig) -> No
             rig.tiers.let_go(pair)
 
 
+def test_what_is_wanted_more_urgently_is_not_evicted_for_it(rig: Rig) -> None:
+    one, two, three = (rig.admit(value) for value in (1, 2, 3))
+    rig.use(two)
+    rig.bring(one, three)  # one was used longest ago
+    assert rig.tiers.evictions[("device", "room")] == 1
+    assert rig.there([one, two, three]) == [True, False, True]
+
+
 def test_more_than_fit_together_are_refused_those_that_fit_are_not(rig: Rig) -> None:
     leases = [rig.admit(value) for value in (1, 2, 3)]
     assert not rig.tiers.hold(leases)
     assert all("together" in (rig.tiers.failure(lease) or "") for lease in leases)
+    with pytest.raises(ArenaFullError, match="together"):
+        rig.tiers.require_together(leases)
     again = [rig.leases.take(lease.resident) for lease in leases[1:]]
+    rig.tiers.require_together(again)
     rig.bring(*again)
 
 
@@ -206,6 +217,20 @@ def test_pins_leave_room_for_the_largest_other_one(rig: Rig) -> None:
     assert not leases[1].resident.pinned
     with pytest.raises(ArenaFullError, match="of which pinned adapters take"):
         rig.admit(4, rank=2)
+
+
+def test_a_pinned_one_that_is_in_the_way_moves_and_comes_back() -> None:
+    """Bytes enough are free, but on both sides of it."""
+    rig = Rig(device=4, host=12)
+    leases = [rig.admit(value) for value in (1, 2, 3, 4)]
+    rig.tiers.pin(leases[1].resident)
+    large = rig.admit(5, rank=3)
+    rig.bring(large)
+    assert rig.value(large) == 5.0
+    rig.eventually(lambda: leases[1].resident.slot is not None)
+    assert rig.value(leases[1]) == 2.0
+    assert rig.tiers.evictions == {("device", "room"): 3, ("device", "compaction"): 1, ("host", "room"): 0}
+    rig.tiers.stop()
 
 
 def test_a_preloaded_one_comes_without_being_asked_for(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,13 @@ def test_what_a_bucket_does_not_have(bucket: Any, opened: Opener) -> None:
         sources.fetch("s3://bucket/pickled")
 
 
+def test_a_bucket_gives_fewer_bytes_than_it_says(bucket: Any, opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, true = bucket(None), bucket(None).open
+    monkeypatch.setattr(memory, "open", lambda *given, **more: io.BytesIO(true(*given, **more).read()[:-1]))
+    with pytest.raises(SourceUnavailableError, match=r"adapter_config\.json ended after 28 of 29 bytes"):
+        opened("s3://bucket/", systems=bucket).fetch("s3://bucket/adapters/fr")
+
+
 @pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs")])
 def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch, scheme: str, extra: str) -> None:
     for name in ("s3fs", "gcsfs"):
@@ -210,6 +218,7 @@ def test_what_has_another_digest(files: dict[str, bytes], opened: Opener, what: 
         [],
         [(TAR, None, b"a"), (TAR, None, b"b")],
         [(TAR, None, b"a"), (FILE, "adapter_config.json", b"b")],
+        [(FILE, "adapter_config.json", b"a"), (FILE, "adapter_config.json", b"b")],
         [(FILE, None, b"a")],
         [(FILE, "adapter_model.bin", b"a")],
         [(FILE, "../../adapter_config.json", b"a")],
