@@ -143,7 +143,7 @@ def assemble(config: ServeConfig, report: Report) -> Assembled:
     residency = new_residency(loaded, device_budget(config.adapter_memory, "adapter-memory", loaded.device))
     if isinstance(loaded, LoadedModel):
         steps = text_steps(config, loaded, residency, device_budget(config.kv_memory, "kv-memory", loaded.device))
-        threads = threads if loaded.native is None else 1  # torch's own would spin against the native backend's
+        threads = threads if loaded.engine is None else 1  # torch's own would spin against the native backend's
     else:
         steps = vision_steps(config, loaded, residency)
     host = HostTier(host_budget(config))
@@ -186,9 +186,8 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
             http=patient_for(assembled.limits.body_timeout_s),
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
+        service.apply_quotas(service.registry.published())
         names = [info.version.name for info in service.registry.published()]
-        for info in service.registry.published():
-            service.apply_quota(info)
         await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
 
@@ -219,8 +218,8 @@ def _service(config: ServeConfig, assembled: Assembled, catalogue: Catalogue, go
     steps, residency, loop = assembled.steps, assembled.residency, asyncio.get_running_loop()
     streams = Streams(loop)
     adapter_quotas, key_quotas = assembled.quotas
-    fair = Fair(lambda party: adapter_quotas.weight(party or steps.info.name))
-    policy = fair if config.policy == "fair" else Fcfs()
+    shares = Fair(lambda party: adapter_quotas.weight(party or steps.info.name))
+    policy = shares if config.policy == "fair" else Fcfs()
     scheduler = Scheduler(BlockPool(steps.blocks, steps.block_size), steps.limits, assembled.tiers, policy)
 
     def end_lease(lease: EngineLease) -> None:

@@ -5,6 +5,7 @@ Must not know: the base model, the engine, HTTP.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ from motet.adapters.sources.store import Store
 from motet.server.api.autoload import Template
 from motet.server.config import OptionError, ServeConfig, parse_bytes
 
+TALKATIVE = (
+    *("httpx", "httpcore", "httpx2", "httpcore2", "huggingface_hub", "urllib3", "requests", "fsspec"),
+    *("s3fs", "aiobotocore", "botocore", "boto3", "gcsfs", "google", "aiohttp"),
+)
+"""Loggers of libraries that write down addresses with signatures, or headers with credentials."""
 DOWNLOAD_BYTES = 20 << 30
 """--download-size auto."""
 
@@ -46,6 +52,8 @@ def open_sources(config: ServeConfig) -> OpenSources:
     Raises:
         OptionError: an option's value is none.
     """
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     size = parse_bytes("download-size", config.download_size)
     folder = user_cache("downloads") if config.download_dir == "auto" else Path(config.download_dir).expanduser()
     store = Store(folder, DOWNLOAD_BYTES if size is None else size)

@@ -57,7 +57,10 @@ class RegistryPlace:
             raise InvalidSourceError(
                 "the manifest has several tar layers, or one beside files; push one, or files alone"
             )
-        return tars or [file for file in found if belongs(file.name)]
+        files = tars or [file for file in found if belongs(file.name)]
+        if len({file.name for file in files}) != len(files):
+            raise InvalidSourceError("the manifest has two layers of one title; push each file once")
+        return files
 
     def open(
         self,

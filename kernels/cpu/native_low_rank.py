@@ -18,7 +18,7 @@ from motet.kernels.segments import Segments, TargetShape
 
 
 class NativePlan:
-    """See `motet.kernels.ops.LowRankPlan`; the rank-r intermediate stays in float32.
+    """See `motet.kernels.ops.LowRankPlan`; rounds the rank-r intermediate to the arena's dtype, after its gate.
 
     Attributes:
         low_rank: the segments, for whoever gives them to a whole step.

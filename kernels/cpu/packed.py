@@ -57,6 +57,10 @@ class PackedLinear:
         known = None if self._bias is None or not bias else address(self._bias)
         return Linear(address(self._packed), known, self.in_width, self.out_width, target)
 
+    def unpacked(self) -> torch.Tensor:
+        """[O, I] the weight, a copy."""
+        return unpack(self._packed, self.out_width)
+
     def multiply(self, x_TI: torch.Tensor, *, bias: bool) -> torch.Tensor:
         """[T, O] W x, with the bias where asked for and there is one."""
         y_TO = torch.empty((len(x_TI), self.out_width), dtype=x_TI.dtype)

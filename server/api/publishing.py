@@ -54,7 +54,7 @@ async def _load(service: Service, name: str, load: Callable[[], AdapterInfo]) ->
         service.metrics.loads.labels("refused").inc()
         logger.warning("adapter %r was refused: %s", name, error)
         raise
-    service.apply_quota(info)
+    service.apply_quotas([info])
     service.metrics.loads.labels("loaded").inc()
     logger.info("adapter %s is loaded", info.version.short)
     return info

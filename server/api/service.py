@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from motet.adapters.errors import AdapterFailedError, AdapterNotFoundError, GateError, VersionNotServedError
@@ -132,21 +132,15 @@ class Service:
         uses.require_one_way(body, self.base.name)
         await self.prepare(caller, *([body.model] if body.adapters is None else [one.name for one in body.adapters]))
         merged = await self._merged(body, caller)
-        applied = await self._applied(body, caller) if merged is None else [await self._of_merge(merged)]
+        if merged is None:
+            applied, names = await self._applied(body, caller)
+        else:
+            applied, names = [await self._of_merge(merged)], (merged.pool.name,)
         try:
-            voice = replace(await self._voice(applied, body), merge=None if merged is None else merged.name)
-            yield replace(voice, names=self._names(body, merged, applied))
+            voice = await self._voice(applied, body)
+            yield replace(voice, merge=None if merged is None else merged.name, names=names)
         finally:
             uses.release(self.registry, applied)
-
-    def _names(self, body: GenerationBody, merged: Merged | None, applied: list[Applied]) -> tuple[str, ...]:
-        """Of the adapters as they are published."""
-        if body.adapters is not None:
-            return tuple(dict.fromkeys(part.name for part in body.adapters))
-        merged = merged or self.merging.find(body.model)
-        if merged is not None:
-            return (merged.pool.name,)
-        return (applied[0].lease.version.name if applied else self.base.name,)
 
     async def _merged(self, body: GenerationBody, caller: Caller) -> Merged | None:
         """The merge that the request brings along."""
@@ -157,27 +151,29 @@ class Service:
         except AdapterNotFoundError as error:
             raise _unknown(body.model, error) from error
 
-    async def _applied(self, body: GenerationBody, caller: Caller) -> list[Applied]:
+    async def _applied(self, body: GenerationBody, caller: Caller) -> tuple[list[Applied], tuple[str, ...]]:
+        """And the names of the published adapters that it is made of, or the base's."""
         if body.adapters is not None:
             parts = uses.mixed(self.registry, body, caller)
+            names = tuple(dict.fromkeys(one.lease.version.name for one in parts))
             if body.merge_method == "linear":
-                return parts
+                return parts, names
             try:
                 turn = self.merging.turns.turn(caller.label)
-                return [await uses.merged(self.registry, body, parts, turn)]
+                return [await uses.merged(self.registry, body, parts, turn)], names
             finally:
                 uses.release(self.registry, parts)
         if (known := self.known_merge(body.model, caller)) is not None:
             if body.gate is not None:
                 raise GateError("gate", f"merge {body.model!r} has its factors already; remove the field")
-            return [await self._of_merge(known)]
+            return [await self._of_merge(known)], (known.pool.name,)
         lease = self.resolve(body.model, caller)
         if lease is None:
             if body.gate is not None:
                 raise GateError("gate", "the base model has no gate; remove the field")
-            return []
+            return [], (self.base.name,)
         try:
-            return [await uses.gated(lease, body.gate)]
+            return [await uses.gated(lease, body.gate)], (lease.version.name,)
         except BaseException:
             self.registry.release(lease)
             raise
@@ -235,9 +231,10 @@ class Service:
             raise ApiError(503, f"the server is {state}; try again", code=f"server_{state}", retry_after_s=5)
         self.admission.require_room(1)
 
-    def apply_quota(self, info: AdapterInfo) -> None:
-        """From now on an adapter has the quota that it was published with, where it was with one."""
-        self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
+    def apply_quotas(self, infos: Iterable[AdapterInfo]) -> None:
+        """From now on adapters have the quotas that they were published with, where they were with one."""
+        for info in infos:
+            self.adapter_quotas.set(info.version.name, Quota(**info.quota) if info.quota else None)
 
     @contextlib.contextmanager
     def counted(self, caller: Caller, name: str, version: str, generations: int = 1) -> Iterator[Ticket]:

@@ -67,7 +67,7 @@ def load(
     url: str,
     as_json: bool,
 ) -> None:
-    """Load the adapter at PATH as NAME. All folders are the server's, below one of its adapter roots."""
+    """Load the adapter at PATH as NAME. PATH is any source that the server allows, or a folder of its own."""
     body = {
         "lora_name": name,
         "lora_path": path,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -74,6 +75,7 @@ def base_model(
     targets: tuple[Mapping[str, Target], Mapping[str, str]],
     replaceable_modules: Collection[str],
     tokenizers: Tokenizers | None = None,
+    kept_elsewhere: Mapping[str, Callable[[], torch.Tensor]] = MappingProxyType({}),
 ) -> BaseModel:
     """The model as adapters see it.
 
@@ -81,6 +83,7 @@ def base_model(
         targets: what `targets_of` found.
         replaceable_modules: paths of the modules of which every parameter can be replaced for single rows; of the other
             targets only the weight can be.
+        kept_elsewhere: parameter → its values, where the module does not have them any more.
     """
     found, no_targets = targets
     parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
@@ -90,7 +93,8 @@ def base_model(
     replaceable = weights | {path for path in parameters if path.rpartition(".")[0] in replaceable_modules}
 
     def parameter(path: str) -> torch.Tensor:
-        values: torch.Tensor = parameters[path].detach().to("cpu", torch.float32)
+        own = kept_elsewhere[path]() if path in kept_elsewhere else parameters[path].detach()
+        values: torch.Tensor = own.to("cpu", torch.float32)
         return values
 
     def weight(path: str) -> torch.Tensor:

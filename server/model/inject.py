@@ -8,6 +8,7 @@ Shapes: T rows, I/O a target's in/out widths.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -111,6 +112,12 @@ class AdaptedLinear(nn.Module):
             effects.biases.add_(self.target, y_TO)
         return y_TO.view(*x.shape[:-1], self.out_features)
 
+    def keep_packed_only(self) -> None:
+        """Free the weight, which the packed one says too; NaN stands in its place, for whoever should read it still."""
+        assert self.packed is not None
+        nowhere = torch.full((1, 1), torch.nan, dtype=self.weight.dtype)
+        self.weight.data = nowhere.expand(self.weight.shape)
+
     def _product(self, x_TI: torch.Tensor, *, bias: bool) -> torch.Tensor:
         if self.packed is not None:
             return self.packed.multiply(x_TI, bias=bias)
@@ -150,7 +157,8 @@ def inject(
     Args:
         head: path of the output head; it is the only target of its own step. None where there is none.
         left_out: paths of linears that stay as they are.
-        engine: of the native backend, which then computes the products; None leaves them to torch.
+        engine: of the native backend, which then computes the products and keeps the weights that are not shared with
+            another module in its own order only; None leaves them to torch.
 
     Returns:
         Module path → its replacement, in the order of `named_modules`, the head last where it is a linear. The position
@@ -160,6 +168,7 @@ def inject(
         name: module for name, module in model.named_modules() if type(module) is nn.Linear and name not in left_out
     }
     order = sorted(linears, key=lambda name: name == head)
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     adapted: dict[str, AdaptedLinear] = {}
     for index, name in enumerate(order):
         linear = linears[name]
@@ -168,6 +177,8 @@ def inject(
             adapted[name] = AdaptedHead(linear, 0, name, head_step, packed)
         else:
             adapted[name] = AdaptedLinear(linear, index, name, step, packed)
+        if packed is not None and uses[id(linear.weight)] == 1:
+            adapted[name].keep_packed_only()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted[name])
     return adapted

@@ -177,12 +177,13 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, engine: E
         looked_up = (embedding_path, embedding) if is_served(embedding) else None
         targets = targets_of(adapted, looked_up, head_path)
         end_tokens = _end_tokens(model, tokenizer)
+        packed = {f"{path}.weight": one.packed.unpacked for path, one in adapted.items() if one.packed is not None}
         tokenizers = tokenizers_of(tokenizer, end_tokens) if hasattr(tokenizer, "get_vocab") else None
         return LoadedModel(
             name=name,
             model=model,
             tokenizer=tokenizer,
-            base=base_model(name, digest, model, targets, {*dims, embedding_path}, tokenizers),
+            base=base_model(name, digest, model, targets, {*dims, embedding_path}, tokenizers, packed),
             attention=attention,
             native=native,
             engine=engine,

@@ -29,6 +29,9 @@ from motet.server.model.inject import AdaptedLinear, StepEffects
 STEADY_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotations whose angles do not depend on how long the sequences of a step are."""
 
+MOST_KEPT_ROWS = 64
+"""Of logits whose memory is kept."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
@@ -66,6 +69,7 @@ class NativeDecoder:
         )
         self._cache: KvCache | None = None
         self._prepared: _Prepared | None = None
+        self._kept_logits: torch.Tensor | None = None
 
     def forward(
         self,
@@ -78,7 +82,7 @@ class NativeDecoder:
         *,
         features: bool = False,
     ) -> torch.Tensor:
-        """[n, V] logits of the given rows; float32 unless adapters change the head.
+        """[n, V] logits of the given rows, until the next call; float32 unless adapters change the head.
 
         Args:
             changes: low-rank pairs, scales and biases; those of embedding and head must be where their modules find
@@ -90,7 +94,7 @@ class NativeDecoder:
         cos, sin = self._rotary(torch.empty(0), positions_1T)
         normed_nD = torch.empty((len(rows_n), embedded_TD.shape[1]), dtype=self._dtype)
         head_apart = features or (changes is not None and changes.head is not None)
-        logits_nV = None if head_apart else torch.empty((len(rows_n), self._model.head.out))
+        logits_nV = None if head_apart else self._logits(len(rows_n))
         tables = _Tables(spans, cache.block_size)
         effects = self._effects(changes.body) if changes is not None and changes.body is not None else None
         self._engine.step(
@@ -119,6 +123,14 @@ class NativeDecoder:
             return logits_nV
         of_head_nV: torch.Tensor = self._lm_head(normed_nD[None])[0]
         return of_head_nV
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        """[n, V], kept from step to step where it is small: the system takes a millisecond to give 6 MB anew."""
+        if rows > MOST_KEPT_ROWS:
+            return torch.empty((rows, self._model.head.out))
+        if self._kept_logits is None or len(self._kept_logits) < rows:
+            self._kept_logits = torch.empty((rows, self._model.head.out))
+        return self._kept_logits[:rows]
 
     def _bind(self, cache: KvCache) -> None:
         if cache is not self._cache:

@@ -55,7 +55,8 @@ class SelfCheck:
         """Compute the last logits of two sequences in three mixed steps and compare them with the model's own.
 
         Args:
-            forward: of spans, a cache, tokens and positions [1, T] and the rows whose logits are needed.
+            forward: of spans, a cache, tokens and positions [1, T] and the rows whose logits are needed; what it gives
+                may lie where the next call writes.
 
         Raises:
             UnsupportedModelError: they differ by more than rounding explains.
@@ -66,7 +67,7 @@ class SelfCheck:
         for spans in ([(0, 0, SEQUENCE), (1, 0, 9)], [(1, 9, SEQUENCE - 1)], [(1, SEQUENCE - 1, SEQUENCE)]):
             step = [self._span(*span) for span in spans]
             ends = torch.tensor([len(span.tokens) for span in step], device=self._device).cumsum(0) - 1
-            logits_nV = forward(step, cache, *token_tensors(step, self._device), ends).float()
+            logits_nV = forward(step, cache, *token_tensors(step, self._device), ends).to(torch.float32, copy=True)
             last.update(zip((sequence for sequence, _, _ in spans), logits_nV, strict=True))
         actual_2V = torch.stack([last[0], last[1]])
         deviation = float((actual_2V - self._expected_2V).square().mean().sqrt() / self._expected_2V.std())

@@ -22,6 +22,8 @@ class Workload:
     assignment: Assignment = Assignment.ROUND_ROBIN
     alpha: float = 1.0
     extra_body: Mapping[str, object] = field(default_factory=dict)
+    fields_of: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Model → what its requests say instead, where naming it is not enough."""
 
     def __post_init__(self) -> None:
         if self.requests < 1 or self.warmup < 0 or self.output_tokens < 1:
@@ -81,5 +83,6 @@ def _lower(workload: Workload, model: str, key: str) -> PlannedRequest:
         "stream": True,
         "stream_options": {"include_usage": True},
         **workload.extra_body,
+        **workload.fields_of.get(model, {}),
     }
     return PlannedRequest(model, json.dumps(body).encode(), workload.output_tokens)

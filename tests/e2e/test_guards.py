@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -95,14 +96,22 @@ def test_the_quota_of_an_adapter_and_its_seconds(guarded: Server) -> None:
     assert code_of(ask(guarded, FREE, model="limited", max_tokens=40)) == (400, "adapter_quota_exceeded")
 
 
-def test_a_quota_is_published_with_its_adapter(guarded: Server) -> None:
-    (Path(guarded.log).parent / "none").mkdir(exist_ok=True)
-    refused = guarded.http.put(
-        "/v1/adapters/new",
-        json={"source": "none", "quota": {"tokens_per_minute": -1}},
-        headers={"Authorization": f"Bearer {ADMIN_KEY}"},
-    )
-    assert refused.status_code == 400
+def test_a_quota_is_published_with_its_adapter(guarded: Server, tiny_adapter: Path) -> None:
+    shutil.copytree(tiny_adapter, guarded.log.parent / "quoted")
+    admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
+
+    def publish(tokens: float) -> httpx.Response:
+        body = {"source": "quoted", "quota": {"tokens_per_minute": tokens, "weight": 2}}
+        return guarded.http.put("/v1/adapters/quoted", json=body, headers=admin)
+
+    assert publish(-1).status_code == 400
+    assert publish(10).status_code == 200
+    assert ask(guarded, FREE, model="quoted", max_tokens=6).status_code == 200
+    assert code_of(ask(guarded, FREE, model="quoted", max_tokens=6)) == (429, "adapter_quota_exceeded")
+    assert publish(600).status_code == 200
+    assert ask(guarded, FREE, model="quoted", max_tokens=1).status_code == 200
+    assert guarded.http.delete("/v1/adapters/quoted", headers=admin).status_code == 200
+    assert code_of(ask(guarded, FREE, model="quoted")) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -51,6 +51,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_adap
         for prefix in (f"{pages.url}/", f"oci://{registry.host}/", "hf://org/"):
             arguments += ["--adapter-source", prefix]
         arguments += ["--autoload", f"{pages.url}/auto/{{name}}", "--adapter-revisions", "floating"]
+        arguments += ["--log-level", "debug"]
         variables = {"HF_ENDPOINT": hubs.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "s3cr3t"}
         server = Server(arguments, place / "log", MOTET_ADMIN_KEY=ADMIN_KEY, **variables)
         try:
@@ -65,7 +66,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_adap
 def test_every_kind_of_source_is_the_same_version(served: Served) -> None:
     packed = tar({f"fr/{name}": content for name, content in served.files.items()})
     served.pages.put_folder("/fr", served.files)
-    served.pages.put("/fr.tar.gz", packed)
+    served.pages.put("/stored.tar.gz", packed)
+    served.pages.put("/fr.tar.gz", b"", status=302, location="/stored.tar.gz?signature=s3cr3t")
     layers: list[tuple[str, str | None, bytes]] = [
         ("application/octet-stream", name, content) for name, content in served.files.items()
     ]

@@ -82,7 +82,7 @@ class Harness:
         tiers = Tiers(residency, HostTier(host_bytes), cache, base.fingerprint)
         self.registry = Registry(base, residency, cache, tiers=tiers)
         targets = list(self.loaded.base.targets.values())
-        effects = EffectsBuilder(
+        self.effects = EffectsBuilder(
             self.registry.residency,
             targets,
             backend,
@@ -90,7 +90,7 @@ class Harness:
             head=self.loaded.head_path,
             engine=engine,
         )
-        self.runner = RecordingRunner(self.loaded, effects)
+        self.runner = RecordingRunner(self.loaded, self.effects)
         self.pool = BlockPool(blocks, block_size)
         self.scheduler = Scheduler(self.pool, StepLimits(rows, generations), self.registry.tiers)
         self.engine = Engine(self.scheduler, self.runner, self._publish, self._end_lease)
@@ -108,6 +108,21 @@ class Harness:
         given: Sequence[Mapping[int, GivenInput]] | None = None,
     ) -> list[Generated]:
         """Generate for prompts and what they use, all submitted at once; results in their order."""
+        generations = self.submit(requests, sampling, samplings, given)
+        while not all(self._finished(generation) for generation in generations):
+            self.engine.step()
+        for generation in generations:
+            self._results[generation].logits = self.runner.recorded.get(generation, [])
+        return [self._results[generation] for generation in generations]
+
+    def submit(
+        self,
+        requests: Sequence[tuple[Sequence[int], Using]],
+        sampling: Sampling = GREEDY,
+        samplings: Sequence[Sampling] | None = None,
+        given: Sequence[Mapping[int, GivenInput]] | None = None,
+    ) -> list[GenerationId]:
+        """The same without a step."""
         generations = []
         for i, (prompt, adapter) in enumerate(requests):
             generation = GenerationId(self._next)
@@ -117,11 +132,7 @@ class Harness:
             chosen = samplings[i] if samplings else sampling
             self.engine.submit(generation, prompt, chosen, applied, given[i] if given else None)
             generations.append(generation)
-        while not all(self._finished(generation) for generation in generations):
-            self.engine.step()
-        for generation in generations:
-            self._results[generation].logits = self.runner.recorded.get(generation, [])
-        return [self._results[generation] for generation in generations]
+        return generations
 
     def logits(self, requests: Sequence[tuple[Sequence[int], Using]]) -> torch.Tensor:
         """Logits after each prompt, computed together, [requests, V]."""

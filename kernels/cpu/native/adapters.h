@@ -1,7 +1,8 @@
 // What the adapters of a batch add to the product of a linear: low-rank pairs with gates, scales and biases.
 //
 // Must not know: attention, layers. Rank rows are read where they lie in the arena, each row of the batch only those
-// of its own adapter, at their true rank. The rank-r intermediate stays in float32.
+// of its own adapter, at their true rank. The rank-r intermediate is
+// rounded to the element once, after its gate.
 #pragma once
 #include "product.h"
 
@@ -27,7 +28,7 @@ class Adapters {
       offset_[i] = stride_;
       int32_t largest = 0;
       for (int64_t k = 0; k < effects->targets * one.segments; k++) largest = one.rank[k] > largest ? one.rank[k] : largest;
-      stride_ += largest;
+      stride_ += ceil_div(largest, E::PER_UNIT) * E::PER_UNIT;
     }
     for (const RowVectors *one : {effects->scales, effects->biases}) {
       if (one != nullptr) note(table, one->segments, one->row_start, one->row_stop);
@@ -35,7 +36,7 @@ class Adapters {
     }
   }
 
-  // Floats of the intermediate of one row and one linear.
+  // Elements of the intermediate of one row and one linear.
   int64_t width() const { return stride_; }
 
   bool reaches(const Linear &linear) const {
@@ -47,8 +48,8 @@ class Adapters {
     return false;
   }
 
-  // g ⊙ (A x) of rows start to stop, into shrunk[row · row_stride + …].
-  void shrink(const Linear &linear, int64_t start, int64_t stop, const Element *x, float *shrunk,
+  // g ⊙ (A x) of rows start to stop, into shrunk[row · row_stride + …], zero up to a whole unit.
+  void shrink(const Linear &linear, int64_t start, int64_t stop, const Element *x, Element *shrunk,
               int64_t row_stride) const {
     for (int64_t i = 0; i < effects_->n_low_rank; i++) {
       const LowRank &one = effects_->low_rank[i];
@@ -56,21 +57,40 @@ class Adapters {
         const int64_t at = linear.target * one.segments + s, rank = one.rank[at];
         if (rank == 0) return;
         const Element *a = operand(one.a_first[at]);
-        int64_t row = from;
-        for (; row + 4 <= to; row += 4) dots<4>(a, rank, linear.in, x + row * linear.in, shrunk + row * row_stride + offset_[i], row_stride);
-        for (; row < to; row++) dots<1>(a, rank, linear.in, x + row * linear.in, shrunk + row * row_stride + offset_[i], row_stride);
-        if (one.gate_of_row == nullptr) return;
-        for (row = from; row < to; row++) {
-          const float *factor = one.gate_factor + (linear.target * one.gates + one.gate_of_row[row]) * one.gate_width;
-          float *values = shrunk + row * row_stride + offset_[i];
-          for (int64_t r = 0; r < rank; r++) values[r] *= factor[r];
+        const float *factors[4];
+        for (int64_t row = from; row < to;) {
+          const int64_t together = to - row >= 4 ? 4 : 1;
+          for (int64_t t = 0; t < together; t++)
+            factors[t] = one.gate_of_row == nullptr ? nullptr
+                : one.gate_factor + (linear.target * one.gates + one.gate_of_row[row + t]) * one.gate_width;
+          Element *out = shrunk + row * row_stride + offset_[i];
+          if (together == 4)
+            dots<4>(a, rank, linear.in, x + row * linear.in, factors, out, row_stride);
+          else
+            dots<1>(a, rank, linear.in, x + row * linear.in, factors, out, row_stride);
+          row += together;
+        }
+      });
+    }
+  }
+
+  // Asks for the parts of B that `finish` will read: short pieces far apart, which no hardware foresees.
+  void fetch(const Linear &linear, int64_t start, int64_t stop, int64_t output, int64_t outputs) const {
+    for (int64_t i = 0; effects_ != nullptr && i < effects_->n_low_rank; i++) {
+      const LowRank &one = effects_->low_rank[i];
+      each_run(tables_ + i * rows_, one.row_stop, start, stop, [&](int64_t s, int64_t, int64_t) {
+        const int64_t at = linear.target * one.segments + s;
+        for (int64_t r = 0; r < one.rank[at]; r++) {
+          const Element *piece = operand(one.b_first[at]) + r * linear.out + output;
+          __builtin_prefetch(piece);
+          __builtin_prefetch(piece + outputs - 1);
         }
       });
     }
   }
 
   // Turns a tile of W x into k ⊙ (W x + B s) + c + b.
-  void finish(const Linear &linear, const float *shrunk, int64_t row_stride, int64_t row, int64_t n, float *tile,
+  void finish(const Linear &linear, const Element *shrunk, int64_t row_stride, int64_t row, int64_t n, float *tile,
               int64_t output, int64_t outputs) const {
     if (effects_ != nullptr) {
       if (shrunk != nullptr)
@@ -114,62 +134,79 @@ class Adapters {
     }
   }
 
-  // out[row][r] = A_r · x_row for ROWS rows and all rank rows, four at a time.
+  // out[row][r] = factor_r · A_r · x_row for ROWS rows and all rank rows, sixteen sums at a time.
   template <int ROWS>
-  static void dots(const Element *a, int64_t rank, int64_t width, const Element *x, float *out, int64_t out_stride) {
-    int64_t r = 0;
-    for (; r + 4 <= rank; r += 4) some_dots<ROWS, 4>(a + r * width, width, x, out + r, out_stride);
-    for (; r < rank; r++) some_dots<ROWS, 1>(a + r * width, width, x, out + r, out_stride);
-  }
-
-  template <int ROWS, int RANKS>
-  static MOTET_INLINE void some_dots(const Element *a, int64_t width, const Element *x, float *out, int64_t out_stride) {
+  static void dots(const Element *a, int64_t rank, int64_t width, const Element *x, const float *const *factors,
+                   Element *out, int64_t out_stride) {
+    constexpr int RANKS = LANES / ROWS;
     constexpr int64_t STEP = LANES * E::PER_UNIT;
-    f32v sum[ROWS][RANKS];
-    for (int t = 0; t < ROWS; t++)
-      for (int r = 0; r < RANKS; r++) sum[t][r] = f32v{};
-    for (int64_t i = 0; i < width; i += STEP) {
-      const int64_t n = least(LANES, (width - i) / E::PER_UNIT);
-      u32v input[ROWS];
-      for (int t = 0; t < ROWS; t++) input[t] = load<u32v>(x + t * width + i, n);
-      for (int r = 0; r < RANKS; r++) {
-        const u32v rank_row = load<u32v>(a + r * width + i, n);
-        for (int t = 0; t < ROWS; t++) sum[t][r] = E::dot(sum[t][r], input[t], rank_row);
+    for (int64_t r = 0; r < rank; r += RANKS, a += RANKS * width) {
+      f32v sum[LANES] = {};
+      for (int64_t i = 0; i < width; i += STEP) {
+        const int64_t n = least(LANES, (width - i) / E::PER_UNIT);
+        u32v input[ROWS];
+        for (int t = 0; t < ROWS; t++) input[t] = load<u32v>(x + t * width + i, n);
+#pragma GCC unroll 16
+        for (int k = 0; k < RANKS; k++) {
+          if (k >= rank - r) break;
+          const u32v rank_row = load<u32v>(a + k * width + i, n);
+          for (int t = 0; t < ROWS; t++) sum[t * RANKS + k] = E::dot(sum[t * RANKS + k], input[t], rank_row);
+        }
+      }
+      alignas(64) float values[LANES + LANES];
+      store(values, sums_of(sum));
+      const int64_t some = least(RANKS, rank - r), whole = ceil_div(some, E::PER_UNIT) * E::PER_UNIT;
+      for (int t = 0; t < ROWS; t++) {
+        f32v row_sums = load<f32v>(values + t * RANKS, some);
+        if (factors[t] != nullptr) row_sums *= load<f32v>(factors[t] + r, some);
+        E::write(out + t * out_stride + r, row_sums, whole);
       }
     }
-    for (int t = 0; t < ROWS; t++)
-      for (int r = 0; r < RANKS; r++) out[t * out_stride + r] = sum_of(sum[t][r]);
   }
 
-  void expand(int64_t i, const Linear &linear, const float *shrunk, int64_t row_stride, int64_t row, int64_t n,
+  void expand(int64_t i, const Linear &linear, const Element *shrunk, int64_t row_stride, int64_t row, int64_t n,
               float *tile, int64_t output, int64_t outputs) const {
     const LowRank &one = effects_->low_rank[i];
     each_run(tables_ + i * rows_, one.row_stop, row, row + n, [&](int64_t s, int64_t from, int64_t to) {
       const int64_t at = linear.target * one.segments + s, rank = one.rank[at];
       if (rank == 0) return;
       const Element *b = operand(one.b_first[at]) + output;
-      int64_t t = from;
-      for (; t + 4 <= to; t += 4)
-        add_rows<4>(b, rank, linear.out, shrunk + t * row_stride + offset_[i], row_stride, tile + (t - row) * GROUP, outputs);
-      for (; t < to; t++)
-        add_rows<1>(b, rank, linear.out, shrunk + t * row_stride + offset_[i], row_stride, tile + (t - row) * GROUP, outputs);
+      for (int64_t t = from; t < to;) {
+        const Element *own = shrunk + t * row_stride + offset_[i];
+        float *sums = tile + (t - row) * GROUP;
+        const int64_t together = to - t >= 4 ? 4 : 1;
+        if (together == 4 && outputs == GROUP)
+          add_rows<4, BLOCKS>(b, rank, linear.out, own, row_stride, sums, GROUP);
+        else if (outputs == GROUP)
+          add_rows<1, BLOCKS>(b, rank, linear.out, own, row_stride, sums, GROUP);
+        else
+          for (int64_t r = 0; r < together; r++)
+            for (int64_t o = 0; o < outputs; o += LANES)
+              add_rows<1, 1>(b + o, rank, linear.out, own + r * row_stride, row_stride, sums + r * GROUP + o, least(LANES, outputs - o));
+        t += together;
+      }
     });
   }
 
-  // tile[row] += Σ_r shrunk[row][r] · B_r, B's rows being `stride` elements apart.
-  template <int ROWS>
-  static void add_rows(const Element *b, int64_t rank, int64_t stride, const float *shrunk, int64_t row_stride,
+  // tile[row] += Σ_r shrunk[row][r] · B_r, B's rows being `stride` elements apart, for up to WIDE · 16 outputs.
+  template <int ROWS, int WIDE>
+  static void add_rows(const Element *b, int64_t rank, int64_t stride, const Element *shrunk, int64_t row_stride,
                        float *tile, int64_t outputs) {
-    for (int64_t at = 0; at < outputs; at += LANES) {
-      const int64_t n = least(LANES, outputs - at);
-      f32v sum[ROWS];
-      for (int t = 0; t < ROWS; t++) sum[t] = load<f32v>(tile + t * GROUP + at);
-      for (int64_t r = 0; r < rank; r++) {
-        const f32v rank_row = E::read(b + r * stride + at, n);
-        for (int t = 0; t < ROWS; t++) sum[t] += rank_row * shrunk[t * row_stride + r];
+    f32v sum[ROWS][WIDE];
+    for (int t = 0; t < ROWS; t++)
+      for (int w = 0; w < WIDE; w++) sum[t][w] = load<f32v>(tile + t * GROUP + w * LANES);
+    for (int64_t r = 0; r < rank; r += E::PER_UNIT) {
+      u32v rank_rows[WIDE];
+      for (int w = 0; w < WIDE; w++)
+        rank_rows[w] = E::side_by_side(b + r * stride + w * LANES, r + 1 < rank ? stride : 0, least(LANES, outputs - w * LANES));
+      for (int t = 0; t < ROWS; t++) {
+        uint32_t factor;
+        std::memcpy(&factor, shrunk + t * row_stride + r, sizeof factor);
+        for (int w = 0; w < WIDE; w++) sum[t][w] = E::dot(sum[t][w], u32v{} + factor, rank_rows[w]);
       }
-      for (int t = 0; t < ROWS; t++) store(tile + t * GROUP + at, sum[t]);
     }
+    for (int t = 0; t < ROWS; t++)
+      for (int w = 0; w < WIDE; w++) store(tile + t * GROUP + w * LANES, sum[t][w]);
   }
 
   template <class Each>
@@ -198,9 +235,9 @@ class Adapters {
 // The intermediates of linears that read the same input, side by side: [rows, linears · width].
 template <class E>
 struct Shrunk {
-  float *values = nullptr;
+  typename E::type *values = nullptr;
   int64_t width = 0, stride = 0;
-  const float *of(int64_t position) const { return values == nullptr ? nullptr : values + position * width; }
+  const typename E::type *of(int64_t position) const { return values == nullptr ? nullptr : values + position * width; }
 };
 
 template <class E, int N>
@@ -210,8 +247,8 @@ Shrunk<E> shrink_all(Engine &engine, const Adapters<E> &adapters, const Linear *
   bool any = false;
   for (const Linear *linear : linears) any = any || adapters.reaches(*linear);
   if (!any) return shrunk;
-  shrunk.values = engine.buffer<float>(Use::Shrunk, rows * shrunk.stride);
-  const int64_t cut = rows <= 32 ? 1 : 8;
+  shrunk.values = engine.buffer<typename E::type>(Use::Shrunk, rows * shrunk.stride);
+  const int64_t cut = rows < 64 ? ceil_div(rows, 8) : 8;
   parallel(engine.pool, ceil_div(rows, cut) * N, [&](int64_t chunk, int) {
     const int64_t position = chunk % N, start = chunk / N * cut;
     adapters.shrink(*linears[position], start, least(rows, start + cut), x, shrunk.values + position * shrunk.width,

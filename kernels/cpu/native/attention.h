@@ -8,8 +8,6 @@
 namespace motet {
 namespace {
 
-constexpr int TOGETHER_HEADS = 4;  // query heads that share a read of a key
-
 template <class E>
 class Attention {
  public:
@@ -22,7 +20,8 @@ class Attention {
     for (int64_t row = 0; row < step.rows; row++)
       if (step.positions[row] >= longest) longest = step.positions[row] + 1;
     scores_stride_ = ceil_div(longest, LANES) * LANES;
-    scores_ = engine.buffer<float>(Use::Scores, engine.pool.threads() * TOGETHER_HEADS * scores_stride_);
+    scores_ = engine.buffer<float>(Use::Scores, engine.pool.threads() * heads_ * scores_stride_);
+    sums_ = engine.buffer<float>(Use::Sums, engine.pool.threads() * heads_ * width_);
   }
 
   // Rotates one row's query heads into `query` [heads, width] and writes its key and value to the cache.
@@ -39,10 +38,16 @@ class Attention {
 
   // All rows; query and out are [rows, heads, width].
   void attend(const Layer &layer, const Element *query, Element *out) const {
-    const int64_t cut = step_.rows <= 64 ? 1 : 4, row_cuts = ceil_div(step_.rows, cut);
-    parallel(pool_, row_cuts * kv_heads_, [&](int64_t chunk, int thread) {
-      const int64_t head = chunk % kv_heads_, start = chunk / kv_heads_ * cut;
-      for (int64_t row = start; row < least(step_.rows, start + cut); row++) head_group(layer, row, head, thread, query, out);
+    // A row at a time reads its keys and values from end to end; few rows are cut by head, for work for all threads.
+    const int64_t together = step_.rows >= 4 * pool_.threads() ? kv_heads_ : 1, share = heads_ / kv_heads_;
+    const int64_t cuts = kv_heads_ / together;
+    parallel(pool_, step_.rows * cuts, [&](int64_t chunk, int thread) {
+      const int64_t row = chunk / cuts, first = chunk % cuts * together;
+      float *scores = scores_ + thread * heads_ * scores_stride_;
+      float *sums = sums_ + thread * heads_ * width_;
+      const Element *own_query = query + (row * heads_ + first * share) * width_;
+      Element *own_out = out + (row * heads_ + first * share) * width_;
+      one_row(layer, row, first, together, own_query, own_out, scores, sums);
     });
   }
 
@@ -71,64 +76,84 @@ class Attention {
     }
   }
 
-  // The query heads of one row that share a key-value head.
-  void head_group(const Layer &layer, int64_t row, int64_t kv_head, int thread, const Element *query, Element *out) const {
-    const int64_t share = heads_ / kv_heads_;
-    float *scores = scores_ + thread * TOGETHER_HEADS * scores_stride_;
-    for (int64_t g = 0; g < share;) {
-      const int64_t first = (row * heads_ + kv_head * share + g) * width_;
-      switch (least(TOGETHER_HEADS, share - g)) {
-        case 1: some_heads<1>(layer, row, kv_head, query + first, out + first, scores); g += 1; break;
-        case 2: some_heads<2>(layer, row, kv_head, query + first, out + first, scores); g += 2; break;
-        case 3: some_heads<3>(layer, row, kv_head, query + first, out + first, scores); g += 3; break;
-        default: some_heads<4>(layer, row, kv_head, query + first, out + first, scores); g += 4;
-      }
-    }
-  }
-
-  template <int HEADS>
-  void some_heads(const Layer &layer, int64_t row, int64_t kv_head, const Element *query, Element *out, float *scores) const {
-    const int64_t length = step_.positions[row] + 1, units = width_ / E::PER_UNIT;
-    each_place(layer.keys, row, kv_head, length, [&](int64_t position, const Element *key) {
-      f32v sum[HEADS] = {};
-      for (int64_t u = 0; u < units; u += LANES) {
-        const int64_t n = least(LANES, units - u);
-        const u32v some = load<u32v>(key + u * E::PER_UNIT, n);
-        for (int h = 0; h < HEADS; h++) sum[h] = E::dot(sum[h], load<u32v>(query + h * width_ + u * E::PER_UNIT, n), some);
-      }
-      for (int h = 0; h < HEADS; h++) scores[h * scores_stride_ + position] = sum_of(sum[h]) * scale_;
+  // `count` key-value heads of one row from the first on, and the query heads that share them.
+  void one_row(const Layer &layer, int64_t row, int64_t first, int64_t count, const Element *query, Element *out,
+               float *scores, float *sums) const {
+    const int64_t length = step_.positions[row] + 1, share = heads_ / kv_heads_;
+    each_run(layer.keys, row, first, length, [&](int64_t position, int64_t n, const Element *keys) {
+      for (int64_t h = 0; h < count * share; h++)
+        score(query + h * width_, keys + h / share * width_, n, scores + h * scores_stride_ + position);
     });
-    float total[HEADS];
-    for (int h = 0; h < HEADS; h++) total[h] = exponentials(scores + h * scores_stride_, length);
-    for (int64_t u = 0; u < units; u += LANES) {
-      const int64_t n = least(LANES, units - u);
-      f32v sum[HEADS][E::PER_UNIT] = {};
-      each_place(layer.values, row, kv_head, length, [&](int64_t position, const Element *value) {
-        f32v parts[E::PER_UNIT];
-        E::split(load<u32v>(value + u * E::PER_UNIT, n), parts);
-        for (int h = 0; h < HEADS; h++)
-          for (int p = 0; p < E::PER_UNIT; p++) sum[h][p] += parts[p] * scores[h * scores_stride_ + position];
-      });
-      for (int h = 0; h < HEADS; h++) {
-        for (int p = 0; p < E::PER_UNIT; p++) sum[h][p] /= total[h];
-        store(out + h * width_ + u * E::PER_UNIT, E::join(sum[h]), n);
+    for (int64_t h = 0; h < count * share; h++) weigh(scores + h * scores_stride_, length);
+    std::memset(sums, 0, static_cast<size_t>(count * share * width_) * sizeof(float));
+    each_run(layer.values, row, first, length, [&](int64_t position, int64_t n, const Element *values) {
+      for (int64_t h = 0; h < count * share;) {
+        const Element *own = values + h / share * width_;
+        float *weights = scores + h * scores_stride_ + position, *sum = sums + h * width_;
+        const int64_t left = share - h % share;
+        h += left >= 4 ? gather<4>(weights, n, own, sum) : left == 3 ? gather<3>(weights, n, own, sum)
+           : left == 2 ? gather<2>(weights, n, own, sum) : gather<1>(weights, n, own, sum);
       }
-    }
+    });
+    for (int64_t h = 0; h < count * share; h++)
+      each_unit([&](int64_t i, int64_t n) {
+        f32v parts[E::PER_UNIT];
+        for (int p = 0; p < E::PER_UNIT; p++) parts[p] = load<f32v>(sums + h * width_ + i + p * n, n);
+        store(out + h * width_ + i, E::join(parts), n);
+      });
   }
 
-  // each(position, its vector of this head) for the first `length` positions of the row's sequence.
+  // scores[i] = scale · query · key i, for n ≤ 16 neighbouring positions.
+  void score(const Element *query, const Element *keys, int64_t n, float *scores) const {
+    f32v sum[LANES] = {};
+    each_unit([&](int64_t at, int64_t some) {
+      const u32v q = load<u32v>(query + at, some);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; i++)
+        if (i < n) sum[i] = E::dot(sum[i], q, load<u32v>(keys + i * kv_heads_ * width_ + at, some));
+    });
+    store(scores, sums_of(sum) * scale_, n);
+  }
+
+  // sums += Σ_i weight i · value i for HEADS query heads of one key-value head. A head's sums lie as `split` gives them.
+  template <int HEADS>
+  int64_t gather(const float *weights, int64_t n, const Element *values, float *sums) const {
+    each_unit([&](int64_t at, int64_t some) {
+      f32v sum[HEADS][E::PER_UNIT];
+      for (int h = 0; h < HEADS; h++)
+        for (int p = 0; p < E::PER_UNIT; p++) sum[h][p] = load<f32v>(sums + h * width_ + at + p * some, some);
+      for (int64_t i = 0; i < n; i++) {
+        f32v parts[E::PER_UNIT];
+        E::split(load<u32v>(values + i * kv_heads_ * width_ + at, some), parts);
+        for (int h = 0; h < HEADS; h++)
+          for (int p = 0; p < E::PER_UNIT; p++) sum[h][p] += parts[p] * weights[h * scores_stride_ + i];
+      }
+      for (int h = 0; h < HEADS; h++)
+        for (int p = 0; p < E::PER_UNIT; p++) store(sums + h * width_ + at + p * some, sum[h][p], some);
+    });
+    return HEADS;
+  }
+
+  // each(first element, units of four bytes) of a head's width.
   template <class Each>
-  MOTET_INLINE void each_place(void *cache, int64_t row, int64_t kv_head, int64_t length, Each each) const {
-    const int64_t stride = kv_heads_ * width_;
+  MOTET_INLINE void each_unit(Each each) const {
+    const int64_t units = width_ / E::PER_UNIT;
+    for (int64_t u = 0; u < units; u += LANES) each(u * E::PER_UNIT, least(LANES, units - u));
+  }
+
+  // each(position, positions ≤ 16, their vectors from a head on) for all below `length` of the row's sequence.
+  template <class Each>
+  MOTET_INLINE void each_run(void *cache, int64_t row, int64_t head, int64_t length, Each each) const {
     for (int64_t position = 0; position < length;) {
-      const Element *place = at(cache, row, position) + kv_head * width_;
-      const int64_t stop = least(length, position + step_.block_size);
-      for (; position < stop; position++, place += stride) each(position, place);
+      const int64_t in_block = step_.block_size - position % step_.block_size;
+      const int64_t n = least(least(LANES, in_block), length - position);
+      each(position, n, at(cache, row, position) + head * width_);
+      position += n;
     }
   }
 
-  // e^(x - largest) in place; returns their sum.
-  static float exponentials(float *x, int64_t length) {
+  // Softmax in place.
+  static void weigh(float *x, int64_t length) {
     f32v largest = broadcast(-__builtin_inff()), total{};
     for (int64_t i = length; i < ceil_div(length, LANES) * LANES; i++) x[i] = -__builtin_inff();
     for (int64_t i = 0; i < length; i += LANES) {
@@ -141,7 +166,8 @@ class Attention {
       store(x + i, some);
       total += length - i >= LANES ? some : load<f32v>(&some, length - i);
     }
-    return sum_of(total);
+    const float factor = 1.f / sum_of(total);
+    for (int64_t i = 0; i < length; i += LANES) store(x + i, load<f32v>(x + i) * factor);
   }
 
   const Step &step_;
@@ -149,7 +175,7 @@ class Attention {
   float scale_;
   Pool &pool_;
   int64_t scores_stride_;
-  float *scores_;
+  float *scores_, *sums_;
 };
 
 }  // namespace

@@ -9,6 +9,8 @@
 namespace motet {
 namespace {
 
+constexpr auto nothing = [](int64_t, int64_t, int64_t, int64_t, int64_t) {};
+
 // x · rsqrt(mean(x²) + eps) ⊙ weight
 template <class E>
 void normalise(const float *x, const float *weight, int64_t width, double eps, typename E::type *out) {
@@ -52,8 +54,9 @@ class Decoder {
     for (int64_t i = 0; i < step_.n_kept; i++)
       normalise<E>(hidden_ + step_.kept[i] * model_.hidden, model_.final_norm, model_.hidden, model_.eps, normed + i * model_.hidden);
     if (step_.logits == nullptr) return;
-    columns<E>(engine_, model_.head, step_.n_kept, normed,
-               [&](int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+    const Linear *const head[] = {&model_.head};
+    columns<E>(engine_, head, step_.n_kept, normed, nothing,
+               [&](int64_t, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
                  put(step_.logits, model_.head.out, row, n, tile, output, outputs);
                });
   }
@@ -65,11 +68,9 @@ class Decoder {
     const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, normed_);
     float *q = projected_, *k = q + rows_ * layer.q.out, *v = k + rows_ * layer.k.out;
     float *const outs[] = {q, k, v};
-    for (int i = 0; i < 3; i++)
-      apply(*linears[i], normed_, shrunk.of(i), shrunk.stride,
-            [&, i](int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-              put(outs[i], linears[i]->out, row, n, tile, output, outputs);
-            });
+    apply(linears, normed_, shrunk, [&](int64_t i, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+      put(outs[i], linears[i]->out, row, n, tile, output, outputs);
+    });
     attention_.clear_begun(layer);
     by_rows([&](int64_t row) {
       attention_.place(layer, row, q + row * layer.q.out, k + row * layer.k.out, v + row * layer.v.out, query_ + row * layer.q.out);
@@ -80,43 +81,47 @@ class Decoder {
 
   void feed_forward(const Layer &layer) {
     norm_all(layer.ffn_norm);
-    const Linear *const linears[] = {&layer.gate, &layer.up};
-    const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, normed_);
+    const Linear *const read[] = {&layer.gate, &layer.up}, *const gate[] = {&layer.gate};
+    const auto shrunk = shrink_all<E>(engine_, adapters_, read, rows_, normed_);
     const int64_t width = layer.gate.out;
-    apply(layer.gate, normed_, shrunk.of(0), shrunk.stride,
-          [&](int64_t row, int64_t n, float *gate, int64_t output, int64_t outputs) {
-            alignas(64) float up[TILE * GROUP];
-            product<E>(layer.up, output / GROUP, n, normed_ + row * layer.up.in, up);
-            adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, row, n, up, output, outputs);
-            for (int64_t r = 0; r < n; r++)
-              for (int64_t i = 0; i < outputs; i += LANES) {
-                const f32v x = load<f32v>(gate + r * GROUP + i), y = load<f32v>(up + r * GROUP + i);
-                E::write(activated_ + (row + r) * width + output + i, x / (1.f + exp_of(-x)) * y, outputs - i);
-              }
-          });
+    apply(gate, normed_, shrunk, [&](int64_t, int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
+      alignas(64) float up[TILE * GROUP];
+      adapters_.fetch(layer.up, row, row + n, output, outputs);
+      product<E>(layer.up, output / GROUP, n, normed_ + row * layer.up.in, up);
+      adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, row, n, up, output, outputs);
+      for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < outputs; i += LANES) {
+          const f32v x = load<f32v>(tile + r * GROUP + i), y = load<f32v>(up + r * GROUP + i);
+          E::write(activated_ + (row + r) * width + output + i, x / (1.f + exp_of(-x)) * y, outputs - i);
+        }
+    });
     add_to_hidden(layer.down, activated_);
   }
 
-  // each(…) of the linear's output with what the adapters add.
-  template <class Each>
-  void apply(const Linear &linear, const Element *x, const float *shrunk, int64_t stride, Each each) {
-    columns<E>(engine_, linear, rows_, x, [&](int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
-      adapters_.finish(linear, shrunk, stride, row, n, tile, output, outputs);
-      each(row, n, tile, output, outputs);
-    });
+  // each(…) of the linears' output with what the adapters add.
+  template <int N, class Each>
+  void apply(const Linear *const (&linears)[N], const Element *x, const Shrunk<E> &shrunk, Each each) {
+    columns<E>(
+        engine_, linears, rows_, x,
+        [&](int64_t i, int64_t start, int64_t stop, int64_t output, int64_t outputs) {
+          adapters_.fetch(*linears[i], start, stop, output, outputs);
+        },
+        [&](int64_t i, int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
+          adapters_.finish(*linears[i], shrunk.of(i), shrunk.stride, row, n, tile, output, outputs);
+          each(i, row, n, tile, output, outputs);
+        });
   }
 
   void add_to_hidden(const Linear &linear, const Element *x) {
     const Linear *const linears[] = {&linear};
     const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, x);
-    apply(linear, x, shrunk.of(0), shrunk.stride,
-          [&](int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-            for (int64_t r = 0; r < n; r++)
-              for (int64_t i = 0; i < outputs; i += LANES) {
-                float *h = hidden_ + (row + r) * model_.hidden + output + i;
-                store(h, load<f32v>(h, outputs - i) + load<f32v>(tile + r * GROUP + i), outputs - i);
-              }
-          });
+    apply(linears, x, shrunk, [&](int64_t, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+      for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < outputs; i += LANES) {
+          float *h = hidden_ + (row + r) * model_.hidden + output + i;
+          store(h, load<f32v>(h, outputs - i) + load<f32v>(tile + r * GROUP + i), outputs - i);
+        }
+    });
   }
 
   void norm_all(const float *weight) {
@@ -161,8 +166,9 @@ void write_tile(typename E::type *y, int64_t width, int64_t row, int64_t n, cons
 template <class E>
 void linear(Engine &engine, const Linear &linear, int64_t rows, const void *x, void *y) {
   const Adapters<E> nobody(engine, nullptr, rows);
-  columns<E>(engine, linear, rows, static_cast<const typename E::type *>(x),
-             [&](int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
+  const Linear *const linears[] = {&linear};
+  columns<E>(engine, linears, rows, static_cast<const typename E::type *>(x), nothing,
+             [&](int64_t, int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
                nobody.finish(linear, nullptr, 0, row, n, tile, output, outputs);
                write_tile<E>(static_cast<typename E::type *>(y), linear.out, row, n, tile, output, outputs);
              });

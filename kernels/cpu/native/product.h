@@ -92,23 +92,29 @@ void product(const Linear &linear, int64_t group, int64_t rows, const void *x, f
                         tile + block * LANES);
 }
 
-// Calls each(first row, rows, tile [rows, GROUP], first output, outputs) for everything a linear gives, in parallel.
-// `before` turns the plain product into what the adapters make of it.
-template <class E, class Each>
-void columns(Engine &engine, const Linear &linear, int64_t rows, const typename E::type *x, Each each) {
+// Calls each(linear, first row, rows, tile [rows, GROUP], first output, outputs) for all that linears of one input give,
+// in parallel, and before that ahead(linear, first row, one past the last, first output, outputs), once a chunk.
+template <class E, int N, class Ahead, class Each>
+void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, const typename E::type *x, Ahead ahead,
+             Each each) {
   if (rows == 0) return;
-  const int64_t groups = ceil_div(linear.out, GROUP);
+  int64_t groups = 0;
+  for (const Linear *linear : linears) groups += ceil_div(linear->out, GROUP);
   // Few rows are one chunk, so that each weight is read once; many are cut, so that there is work for all threads.
   const int64_t most = rows <= 64 ? rows : least(256, ceil_div(ceil_div(rows, engine.pool.threads()), TILE) * TILE);
   const int64_t cuts = ceil_div(rows, most);
   parallel(engine.pool, groups * cuts, [&](int64_t chunk, int) {
     alignas(64) float tile[TILE * GROUP];
-    const int64_t group = chunk / cuts, first_output = group * GROUP;
+    int64_t group = chunk / cuts, one = 0;
+    while (group >= ceil_div(linears[one]->out, GROUP)) group -= ceil_div(linears[one++]->out, GROUP);
+    const Linear &linear = *linears[one];
+    const int64_t output = group * GROUP, outputs = least(GROUP, linear.out - output);
     const int64_t start = chunk % cuts * most, stop = least(rows, start + most);
+    ahead(one, start, stop, output, outputs);
     for (int64_t row = start; row < stop; row += TILE) {
       const int64_t n = least(TILE, stop - row);
       product<E>(linear, group, n, x + row * linear.in, tile);
-      each(row, n, tile, first_output, least(GROUP, linear.out - first_output));
+      each(one, row, n, tile, output, outputs);
     }
   });
 }

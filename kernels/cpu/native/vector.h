@@ -64,6 +64,8 @@ struct Float {
   }
   static MOTET_INLINE void split(u32v units, f32v *parts) { parts[0] = reinterpret_cast<f32v>(units); }
   static MOTET_INLINE u32v join(const f32v *parts) { return reinterpret_cast<u32v>(parts[0]); }
+  // Units of as many rows as a unit has elements, `stride` apart.
+  static MOTET_INLINE u32v side_by_side(const type *rows, int64_t, int64_t n) { return load<u32v>(rows, n); }
 };
 
 struct Bfloat {
@@ -89,6 +91,11 @@ struct Bfloat {
     parts[1] = reinterpret_cast<f32v>(units & 0xffff0000u);
   }
   static MOTET_INLINE u32v join(const f32v *parts) { return upper_half(parts[0]) | upper_half(parts[1]) << 16; }
+  // The second row may be the first again where its factor is zero.
+  static MOTET_INLINE u32v side_by_side(const type *rows, int64_t stride, int64_t n) {
+    const u16v first = load<u16v>(rows, n), second = load<u16v>(rows + stride, n);
+    return __builtin_convertvector(first, u32v) | __builtin_convertvector(second, u32v) << 16;
+  }
 };
 
 MOTET_INLINE float sum_of(f32v x) {
@@ -96,6 +103,25 @@ MOTET_INLINE float sum_of(f32v x) {
   x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
   x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
   return x[0] + x[1];
+}
+
+// Lane i of the result is the sum of the lanes of x[i].
+MOTET_INLINE f32v sums_of(const f32v *x) {
+  f32v by8[8], by4[4], by2[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++)
+    by8[i] = __builtin_shufflevector(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             __builtin_shufflevector(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    by4[i] = __builtin_shufflevector(by8[2 * i], by8[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+             __builtin_shufflevector(by8[2 * i], by8[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+    by2[i] = __builtin_shufflevector(by4[2 * i], by4[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+             __builtin_shufflevector(by4[2 * i], by4[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  return __builtin_shufflevector(by2[0], by2[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(by2[0], by2[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 MOTET_INLINE float largest_of(f32v x) {

@@ -99,6 +99,12 @@ def test_what_cannot_be_followed(source: str, floating: bool) -> None:
     assert not {"s3cr3t", "word", "secret"} & set(str(refused.value).replace(":", " ").split())
 
 
+@pytest.mark.parametrize("source", ["https://host/a?token=x", "https://host/a%20b", "s3://key:secret@bucket/a"])
+def test_where_credentials_come_from_is_said(source: str) -> None:
+    with pytest.raises(InvalidSourceError, match="credentials come from the environment"):
+        parse(source)
+
+
 ALLOWED = ["https://models.example/fr/", "hf://org/", "hf://other/one", "s3://bucket", "oci://reg.example:5000/team/x"]
 
 

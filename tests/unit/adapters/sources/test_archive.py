@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import struct
 import tarfile
 import tracemalloc
@@ -133,6 +134,21 @@ def test_a_bomb_of_zeros(tmp_path: Path) -> None:
     refused(zeros, tmp_path, CorruptSourceError, "more than 100 times its size")
     assert tracemalloc.get_traced_memory()[1] < 4 * MB
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_bomb_in_a_header(tmp_path: Path, kind: bytes) -> None:
+    """tarfile reads such a header at once."""
+    header = gzip.compress(member(kind, size=64 * MB) + b"\0" * 64 * MB, 9) + os.urandom(MB)
+    tracemalloc.start()
+    refused(header, tmp_path, CorruptSourceError, "has a header of 67,108,864 bytes, more than 65,536")
+    assert tracemalloc.get_traced_memory()[1] < 4 * MB
+    tracemalloc.stop()
+
+
+def test_a_negative_size_is_none(tmp_path: Path) -> None:
+    negative = patched(member(), 124, b"\xff" * 12) + b"\0" * 1024
+    refused(negative, tmp_path, CorruptSourceError, "a number that is negative or too large")
 
 
 def test_a_bomb_in_the_weights(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ from motet.adapters.errors import (
     UnsafeFormatError,
     UnsafePathError,
 )
-from motet.adapters.sources.objects import file_system
+from motet.adapters.sources.address import parse
+from motet.adapters.sources.objects import ObjectPlace, file_system
+from motet.adapters.sources.remote import Deadline
 from tests.support.file_server import FileServer, hub, oci_registry, push
 from tests.unit.adapters.sources.conftest import Opener, read, tar
 
@@ -64,6 +67,15 @@ def test_a_branch_where_branches_are_allowed(repository: FileServer, files: dict
     sources = opened("hf://org/", systems=of_hub(repository), floating=True)
     with sources.fetch("hf://org/name@main") as fetched:
         assert (read(fetched.folder), fetched.revision) == (files, COMMIT)
+
+
+def test_a_file_of_the_hub_from_some_byte_on(repository: FileServer, files: dict[str, bytes]) -> None:
+    place = ObjectPlace(parse(f"hf://org/name@{COMMIT}"), Deadline(60), of_hub(repository))
+    (weights,) = [file for file in place.files() if file.name.endswith(".safetensors")]
+    for tag, start in ((weights.tag, 12_345), ("another", 0), (None, 0)):
+        with place.open(weights, 12_345, tag) as opened:
+            assert (opened.start, opened.size) == (start, len(files[weights.name]))
+            assert b"".join(opened.chunks) == files[weights.name][start:]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +132,13 @@ def test_what_a_bucket_does_not_have(bucket: Any, opened: Opener) -> None:
             sources.fetch(source)
     with pytest.raises(UnsafeFormatError, match="is a pickle"):
         sources.fetch("s3://bucket/pickled")
+
+
+def test_a_bucket_gives_fewer_bytes_than_it_says(bucket: Any, opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, true = bucket(None), bucket(None).open
+    monkeypatch.setattr(memory, "open", lambda *given, **more: io.BytesIO(true(*given, **more).read()[:-1]))
+    with pytest.raises(SourceUnavailableError, match=r"adapter_config\.json ended after 28 of 29 bytes"):
+        opened("s3://bucket/", systems=bucket).fetch("s3://bucket/adapters/fr")
 
 
 @pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs")])
@@ -210,6 +229,7 @@ def test_what_has_another_digest(files: dict[str, bytes], opened: Opener, what: 
         [],
         [(TAR, None, b"a"), (TAR, None, b"b")],
         [(TAR, None, b"a"), (FILE, "adapter_config.json", b"b")],
+        [(FILE, "adapter_config.json", b"a"), (FILE, "adapter_config.json", b"b")],
         [(FILE, None, b"a")],
         [(FILE, "adapter_model.bin", b"a")],
         [(FILE, "../../adapter_config.json", b"a")],

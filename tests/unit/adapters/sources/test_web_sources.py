@@ -256,6 +256,17 @@ def test_an_archive_and_its_pin(server: FileServer, files: dict[str, bytes], ope
         sources.fetch(f"{server.url}/fr.tar.gz#sha256={'0' * 64}")
 
 
+def test_what_was_wrong_is_not_gone_on_with(server: FileServer, files: dict[str, bytes], opened: Opener) -> None:
+    packed = tar(files)
+    sources, source = opened(f"{server.url}/"), f"{server.url}/fr.tgz#sha256={hashlib.sha256(packed).hexdigest()}"
+    server.put("/fr.tgz", b"an error page with status 200", etag=None)
+    with pytest.raises(CorruptSourceError, match="by which it is pinned"):
+        sources.fetch(source)
+    server.put("/fr.tgz", packed, etag=None)
+    with sources.fetch(source) as fetched:
+        assert read(fetched.folder) == files
+
+
 def test_archives_that_are_not_read(server: FileServer, opened: Opener) -> None:
     for ending in (".zip", ".tar.zst", ".tar.xz"):
         with pytest.raises(UnsafeFormatError, match="pack the adapter's folder as"):

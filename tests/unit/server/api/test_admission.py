@@ -96,6 +96,20 @@ def test_a_quota_that_is_used_up_is_a_429_with_the_seconds(adapter: Path, case: 
     during(adapter, scenario)
 
 
+def test_a_quota_counts_however_its_adapter_is_named(adapter: Path) -> None:
+    async def scenario(started: Running) -> None:
+        started.service.adapter_quotas.set("adapted", Quota(requests_per_minute=1))
+        version = f"adapted@{started.registry.get('adapted').version.digest}"
+        assert (await started.post(model=version)).status_code == 200
+        for named in ("adapted", version):
+            assert (await started.post(model=named)).status_code == 429
+            mixture = {"model": "base", "adapters": [{"name": named, "weight": 0.5}]}
+            assert (await started.post(**mixture)).status_code == 429
+        await started.nothing_is_held()
+
+    during(adapter, scenario)
+
+
 def test_what_can_never_be_let_in_is_a_400(adapter: Path) -> None:
     async def scenario(started: Running) -> None:
         started.service.adapter_quotas.set("adapted", Quota(tokens_per_minute=6))
@@ -173,7 +187,9 @@ def test_names_that_nobody_published_are_counted_nowhere(adapter: Path) -> None:
 
 def test_what_a_key_may_not_see_does_not_exist_for_it(adapter: Path) -> None:
     async def scenario(started: Running) -> None:
-        started.service.keys = Keys(["mine adapters=adapt*", "other adapters=x,y/*", "every"], ["root"])
+        keys = ["mine adapters=adapt*", "other adapters=x,y/*", "odd adapters=adapted@*", "every"]
+        started.service.keys = Keys(keys, ["root"])
+        digest = started.registry.get("adapted").version.digest
 
         async def ask(key: str, method: str, path: str, **body: Any) -> tuple[int, Any]:
             headers = {"Authorization": f"Bearer {key}"}
@@ -210,7 +226,10 @@ def test_what_a_key_may_not_see_does_not_exist_for_it(adapter: Path) -> None:
             )
             assert hidden == unknown, path
             assert hidden[0] == 404 or "merges" in path or "decisions" in path, (path, hidden)
-        assert (await ask("mine", "POST", "/v1/completions", model="adapted", prompt="a", max_tokens=1))[0] == 200
+        for key, status in (("mine", 200), ("odd", 404)):
+            for model in ("adapted", f"adapted@{digest}"):
+                answer = await ask(key, "POST", "/v1/completions", model=model, prompt="a", max_tokens=1)
+                assert answer[0] == status, "a pattern is of names, not of versions"
         await started.nothing_is_held()
 
     during(adapter, scenario)

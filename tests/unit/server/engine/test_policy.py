@@ -78,6 +78,19 @@ def test_twice_the_weight_is_twice_the_turns() -> None:
     assert sum(id < 10 for id in served) == 6
 
 
+def test_shares_take_no_step_more() -> None:
+    steps = []
+    for policy in (Fcfs(), Fair()):
+        s = scheduler(policy, blocks=64, generations=4)
+        for id in range(80):
+            s.add(generation(id, [id] * 4, max_tokens=16, adapter="a" if id < 64 else "b"))
+        steps.append(0)
+        while s.running or s.waiting:
+            step(s)
+            steps[-1] += 1
+    assert steps == [80 // 4 * 16] * 2
+
+
 def test_nobody_saves_up_turns() -> None:
     """While it was away the others were served; it begins where they are, and those it left behind catch up."""
     fair = Fair()

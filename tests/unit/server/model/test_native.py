@@ -84,6 +84,23 @@ def test_logits_are_the_modules_own(
         TOLERANCES["logits of a tiny model", dtype].assert_close(*first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_kept_once(dtype: torch.dtype, tied: bool) -> None:
+    """In the products' own order, but for those that the embedding shares; whoever lowers an adapter sees them all."""
+    model = tiny_llama(tie_word_embeddings=tied).to(dtype)
+    original = {path: parameter.float().clone() for path, parameter in model.named_parameters(remove_duplicate=False)}
+    loaded = Harness(model).loaded
+    for path, values in original.items():
+        assert torch.equal(loaded.base.parameter(path), values), path
+    bytes_kept = {
+        path: p.untyped_storage().nbytes() for path, p in loaded.model.named_parameters(remove_duplicate=False)
+    }
+    for path in loaded.base.targets:
+        shared = (tied and path in (loaded.head_path, loaded.embedding_path)) or path == loaded.embedding_path
+        assert (bytes_kept[f"{path}.weight"] > dtype.itemsize) is shared, path
+
+
 def test_biases_of_the_base(adapters: dict[str, Path]) -> None:
     requests = [(prompt, None) for prompt in PROMPTS]
     native, modules = Harness(tiny_qwen2()), Harness(tiny_qwen2(), native=False)
