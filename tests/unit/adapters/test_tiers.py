@@ -64,6 +64,7 @@ def test_one_that_finds_everything_held_waits_until_one_is_let_go(rig: Rig, monk
     one, two, three = (rig.admit(value) for value in (1, 2, 3))
     rig.bring(one, two)
     rig.tiers.want([three])
+    rig.eventually(lambda: rig.tiers._blocked is not None)
     assert not rig.tiers.hold([three])
     rig.tiers.let_go([one, two])
     rig.eventually(lambda: rig.tiers.hold([three]))
