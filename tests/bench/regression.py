@@ -102,7 +102,7 @@ def _products(rows: int) -> Timed:
 def measure(rounds: int = ROUNDS) -> dict[str, float]:
     """What is compared → the ratio of the least times."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as scratch:
         model = tiny_llama(**_SHAPE).bfloat16().eval()
         model.config.save_pretrained(scratch)
         folders = make_adapters(scratch, Path(scratch) / "adapters", ADAPTERS)
