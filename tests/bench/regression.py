@@ -32,7 +32,7 @@ from tests.support.harness import Harness
 from tests.support.models import tiny_llama
 
 MOST_LOSS = 0.15
-ROUNDS = 40
+ROUNDS = 80
 ADAPTERS = 8
 _PROMPT_TOKENS, _PREFILL_TOKENS = 32, 128
 _LAYERS, _VOCABULARY = 4, 4096
@@ -119,7 +119,8 @@ def measure(rounds: int = ROUNDS) -> dict[str, float]:
             least = _least(steps, rounds)
             found[f"decode of {rows}: {ADAPTERS} adapters over the base"] = least["mixed"] / least["base"]
             found[f"decode of {rows}: the base with {ADAPTERS} loaded over none"] = least["base"] / least["bare"]
-            found[f"decode of {rows}: the base over its products in torch"] = least["bare"] / least["products"]
+            if rows == 32:  # at 8 both wait for memory, whose speed is that of the whole machine
+                found[f"decode of {rows}: the base over its products in torch"] = least["bare"] / least["products"]
         harness = _harness(folders)
         steps = {"base": _prefill(harness, None), "adapter": _prefill(harness, names[1])}
         least = _least({**steps, "products": _products(_PREFILL_TOKENS)}, rounds)
