@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.bench.peers import table
 from tests.bench.peers.ratios import ratios
 
 ROOT = Path(__file__).parents[2]
-RECORDS, END = table.read(ROOT / "docs" / "results" / "peers-cpu.jsonl")
+RESULTS = ROOT / "docs" / "results" / "peers-cpu.jsonl"
+if not RESULTS.exists():
+    pytest.skip("no run on a quiet machine is committed yet", allow_module_level=True)
+RECORDS, END = table.read(RESULTS)
 
 
 def test_the_page_quotes_the_committed_results() -> None:
-    page = (ROOT / "docs" / "peers.md").read_text()
+    page = (ROOT / "docs" / "performance.md").read_text()
     assert table.speeds(RECORDS) in page
     assert table.ratios(END) in page
 
