@@ -14,7 +14,7 @@ from motet.server.engine.types import (
     Sampling,
 )
 from tests.support.fake_runner import generate_alone, version_of
-from tests.unit.server.engine.rig import BLOCK, PATIENCE_S, SHORT, Rig
+from tests.unit.server.engine.rig import BLOCK, PATIENCE_S, SHORT, Rig, run_until_idle
 
 
 @pytest.fixture
@@ -30,14 +30,6 @@ def running() -> Iterator[Rig]:
     rig.runner.go_on.set()
     rig.engine.stop(PATIENCE_S)
     assert not rig.engine.alive
-
-
-def run_until_idle(rig: Rig, steps: int = 200) -> None:
-    for _ in range(steps):
-        rig.engine.step()
-        if not (rig.engine.state.running or rig.engine.state.waiting):
-            return
-    raise AssertionError("still busy")
 
 
 # ------------------------------------------------------------------------------------------------------------- threads

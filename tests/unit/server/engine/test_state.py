@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from motet.server.engine.types import GenerationId, Sampling
-from tests.unit.server.engine.rig import Rig
-from tests.unit.server.engine.test_engine import run_until_idle
+from tests.unit.server.engine.rig import Rig, run_until_idle
 
 
 @pytest.fixture
