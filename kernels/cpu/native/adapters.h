@@ -27,7 +27,8 @@ class Adapters {
       note(table, one.segments, one.row_start, one.row_stop);
       offset_[i] = stride_;
       int32_t largest = 0;
-      for (int64_t k = 0; k < effects->targets * one.segments; k++) largest = one.rank[k] > largest ? one.rank[k] : largest;
+      for (int64_t k = 0; k < effects->targets * one.segments; k++)
+        largest = one.rank[k] > largest ? one.rank[k] : largest;
       stride_ += ceil_div(largest, E::PER_UNIT) * E::PER_UNIT;
     }
     for (const RowVectors *one : {effects->scales, effects->biases}) {
@@ -94,7 +95,8 @@ class Adapters {
               int64_t output, int64_t outputs) const {
     if (effects_ != nullptr) {
       if (shrunk != nullptr)
-        for (int64_t i = 0; i < effects_->n_low_rank; i++) expand(i, linear, shrunk, row_stride, row, n, tile, output, outputs);
+        for (int64_t i = 0; i < effects_->n_low_rank; i++)
+          expand(i, linear, shrunk, row_stride, row, n, tile, output, outputs);
       vectors(effects_->scales, 0, linear, row, n, output, outputs, [&](int64_t r, int64_t at, f32v delta) {
         float *y = tile + r * GROUP + at;
         const f32v before = load<f32v>(y);
@@ -126,7 +128,8 @@ class Adapters {
 
   // each(segment, first row, one past the last) for the parts of start…stop that lie in a segment.
   template <class Each>
-  static MOTET_INLINE void each_run(const int32_t *table, const int32_t *row_stop, int64_t start, int64_t stop, Each each) {
+  static MOTET_INLINE void each_run(const int32_t *table, const int32_t *row_stop, int64_t start, int64_t stop,
+                                    Each each) {
     for (int64_t row = start; row < stop;) {
       const int64_t s = table[row], end = s == NOBODY ? row + 1 : least(stop, row_stop[s]);
       if (s != NOBODY) each(s, row, end);
@@ -182,7 +185,8 @@ class Adapters {
         else
           for (int64_t r = 0; r < together; r++)
             for (int64_t o = 0; o < outputs; o += LANES)
-              add_rows<1, 1>(b + o, rank, linear.out, own + r * row_stride, row_stride, sums + r * GROUP + o, least(LANES, outputs - o));
+              add_rows<1, 1>(b + o, rank, linear.out, own + r * row_stride, row_stride, sums + r * GROUP + o,
+                             least(LANES, outputs - o));
         t += together;
       }
     });
@@ -198,7 +202,8 @@ class Adapters {
     for (int64_t r = 0; r < rank; r += E::PER_UNIT) {
       u32v rank_rows[WIDE];
       for (int w = 0; w < WIDE; w++)
-        rank_rows[w] = E::side_by_side(b + r * stride + w * LANES, r + 1 < rank ? stride : 0, least(LANES, outputs - w * LANES));
+        rank_rows[w] = E::side_by_side(b + r * stride + w * LANES, r + 1 < rank ? stride : 0,
+                                       least(LANES, outputs - w * LANES));
       for (int t = 0; t < ROWS; t++) {
         uint32_t factor;
         std::memcpy(&factor, shrunk + t * row_stride + r, sizeof factor);

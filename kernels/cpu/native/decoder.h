@@ -52,7 +52,8 @@ class Decoder {
     }
     Element *normed = static_cast<Element *>(step_.normed);
     for (int64_t i = 0; i < step_.n_kept; i++)
-      normalise<E>(hidden_ + step_.kept[i] * model_.hidden, model_.final_norm, model_.hidden, model_.eps, normed + i * model_.hidden);
+      normalise<E>(hidden_ + step_.kept[i] * model_.hidden, model_.final_norm, model_.hidden, model_.eps,
+                   normed + i * model_.hidden);
     if (step_.logits == nullptr) return;
     const Linear *const head[] = {&model_.head};
     columns<E>(engine_, head, step_.n_kept, normed, nothing,
@@ -68,12 +69,14 @@ class Decoder {
     const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, normed_);
     float *q = projected_, *k = q + rows_ * layer.q.out, *v = k + rows_ * layer.k.out;
     float *const outs[] = {q, k, v};
-    apply(linears, normed_, shrunk, [&](int64_t i, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-      put(outs[i], linears[i]->out, row, n, tile, output, outputs);
-    });
+    apply(linears, normed_, shrunk,
+          [&](int64_t i, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+            put(outs[i], linears[i]->out, row, n, tile, output, outputs);
+          });
     attention_.clear_begun(layer);
     by_rows([&](int64_t row) {
-      attention_.place(layer, row, q + row * layer.q.out, k + row * layer.k.out, v + row * layer.v.out, query_ + row * layer.q.out);
+      attention_.place(layer, row, q + row * layer.q.out, k + row * layer.k.out, v + row * layer.v.out,
+                       query_ + row * layer.q.out);
     });
     attention_.attend(layer, query_, attended_);
     add_to_hidden(layer.o, attended_);
@@ -139,7 +142,8 @@ class Decoder {
     });
   }
 
-  static MOTET_INLINE void put(float *out, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+  static MOTET_INLINE void put(float *out, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output,
+                               int64_t outputs) {
     for (int64_t r = 0; r < n; r++)
       for (int64_t i = 0; i < outputs; i += LANES)
         store(out + (row + r) * width + output + i, load<f32v>(tile + r * GROUP + i), outputs - i);
@@ -156,7 +160,8 @@ class Decoder {
 };
 
 template <class E>
-void write_tile(typename E::type *y, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
+void write_tile(typename E::type *y, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output,
+                int64_t outputs) {
   for (int64_t r = 0; r < n; r++)
     for (int64_t i = 0; i < outputs; i += LANES)
       E::write(y + (row + r) * width + output + i, load<f32v>(tile + r * GROUP + i), outputs - i);

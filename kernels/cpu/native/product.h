@@ -60,7 +60,8 @@ MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, const uint32_t *pa
 }
 
 template <class E, int WIDE>
-void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, const uint32_t *packed, int64_t units, float *tile) {
+void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, const uint32_t *packed, int64_t units,
+                   float *tile) {
   switch (rows) {
     case 1: return multiply<E, 1, WIDE>(x, stride, packed, units, tile);
     case 2: return multiply<E, 2, WIDE>(x, stride, packed, units, tile);
@@ -92,8 +93,8 @@ void product(const Linear &linear, int64_t group, int64_t rows, const void *x, f
                         tile + block * LANES);
 }
 
-// Calls each(linear, first row, rows, tile [rows, GROUP], first output, outputs) for all that linears of one input give,
-// in parallel, and before that ahead(linear, first row, one past the last, first output, outputs), once a chunk.
+// Calls each(linear, first row, rows, tile [rows, GROUP], first output, outputs) for all that linears of one input
+// give, in parallel, and before that ahead(linear, first row, one past the last, first output, outputs), once a chunk.
 template <class E, int N, class Ahead, class Each>
 void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, const typename E::type *x, Ahead ahead,
              Each each) {
