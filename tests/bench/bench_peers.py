@@ -198,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out.exists():
         print(f"nothing measured: {options.out} exists; it would mix two runs", file=sys.stderr)
         return 2
+    go_first()
     model = options.model or default_model()
     setups = [s for s in SETUPS if s.server in options.servers and s.registered <= options.most_registered]
     folders = adapter_folders(model, max(setup.registered for setup in setups))
@@ -212,7 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected=parity.reference(model, first, BASE) if needs_parity else [],
         skipped={name: why for name in options.servers if name in MISSING and (why := MISSING[name]()) is not None},
     )
-    go_first()
     try:
         for number in range(options.rounds):
             measure_round(run_, setups, number)

@@ -126,7 +126,8 @@ def test_inspect_refuses_what_serving_would(
 
 
 def test_a_start_reports_each_stage_and_a_summary(tiny_server: Server) -> None:
-    lines = [" ".join(line.split()) for line in tiny_server.log.read_text().splitlines()]
+    computes, *lines = [" ".join(line.split()) for line in tiny_server.log.read_text().splitlines()]
+    assert computes.startswith(("· native CPU backend: ", "· computing with torch alone, "))
     assert lines[:2] == ["· loading tiny", "· loading adapter tuned"]
     summary = dict(line.split(" ", 1) for line in lines[2:] if " " in line)
     assert summary["model"].startswith("tiny ")

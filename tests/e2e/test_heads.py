@@ -134,6 +134,22 @@ def test_models_say_what_they_can(headed: Headed) -> None:
     }
 
 
+def test_one_version_is_asked_by_its_own_head(headed: Headed) -> None:
+    version = headed.server.models["dense"]["adapter"]["version"]
+    asked = f"dense@{version[:12]}"
+    headed.check("dense", headed.ids(TEXTS[0]), completion(headed, asked, TEXTS[0]))
+    choices = [{"value": value} for value in ("blue", "red", "green")]
+    question = {"type": "choice", "instructions": "", "choices": choices}
+    for path, body in (
+        ("/v1/classify", {"input": TEXTS[0]}),
+        ("/v1/decisions", {"input": TEXTS[0], "questions": [question]}),
+    ):
+        answer = headed.server.post(path, {"model": asked, **body})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["adapter"] == {"name": "dense", "version": version}
+        assert answer.headers["X-Motet-Adapter"] == f"dense@{version}"
+
+
 def test_a_new_head_is_a_new_version(headed: Headed) -> None:
     """Loaded in place, while the old one answers."""
     folder = headed.folders["dense"]

@@ -35,7 +35,7 @@ class Life(RuleBasedStateMachine):
         resident = Resident(AdapterVersion(str(value), Digest(str(value))))
         packed = self.tiers.residency.pack(lowered(value, rank))
         budget = self.tiers.residency.budget_bytes
-        pinned = sum(one.device_bytes for one in self.live if one.pinned)
+        pinned = sum(one.device_bytes for one in self.existing() if one.pinned)
         try:
             self.tiers.admit(resident, packed, lambda: lowered(value, rank))
         except ArenaFullError:
@@ -112,8 +112,7 @@ class Life(RuleBasedStateMachine):
     def budgets_are_exact(self) -> None:
         if not hasattr(self, "tiers"):
             return
-        everyone = {*self.live, *(lease.resident for lease in self.queue)}
-        everyone |= {lease.resident for leases, _ in self.held for lease in leases}
+        everyone = self.existing()
         device = sum(one.device_bytes for one in everyone if one.slot is not None)
         assert self.tiers.residency.used_bytes == device <= self.tiers.residency.budget_bytes
         host = sum(self.tiers.bytes_of(one)["host"] for one in everyone)
@@ -147,6 +146,11 @@ class Life(RuleBasedStateMachine):
         for resident in list(self.live):
             self.leases.retire(resident)
         assert (self.tiers.host.used_bytes, self.tiers.residency.used_bytes) == (0, 0)
+
+    def existing(self) -> set[Resident]:
+        """Published, or retired with a lease."""
+        leased = {lease.resident for lease in self.queue}
+        return leased | {*self.live} | {lease.resident for leases, _ in self.held for lease in leases}
 
     def addresses(self, lease: Lease) -> list[int]:
         found = self.tiers.residency.addresses([lease.slot])

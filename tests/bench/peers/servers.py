@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.bench.peers import converted
-from tests.bench.peers.environment import LLAMA_SDIST, LLAMA_SERVER, VLLM_PACKAGES, VLLM_PYTHON
+from tests.bench.peers.environment import FOLDER, LLAMA_SDIST, LLAMA_SERVER, VLLM_PACKAGES, VLLM_PYTHON
 
 MOTET, LLAMA, VLLM, PEFT = "motet", "llama.cpp", "vllm", "peft"
 BASE = "base"
@@ -43,10 +43,9 @@ Build = Callable[[Path, Sequence[Path], int], Launch]
 
 
 def motet(model: Path, adapters: Sequence[Path], port: int) -> Launch:
-    """The command of this environment, with room for every adapter."""
-    arguments = ["--model", str(model), "--name", BASE, "--dtype", "bfloat16", "--port", str(port)]
-    bytes_ = sum(file.stat().st_size for folder in adapters for file in folder.glob("*.safetensors"))
-    arguments += ["--adapter-memory", str(max(1 << 30, bytes_ * 11 // 10))]
+    """The command of this environment, with the memory it takes by default; never without its compiled backend."""
+    arguments = ["--model", str(model), "--name", BASE, "--dtype", "bfloat16", "--port", str(port), "--native", "on"]
+    arguments += ["--adapter-cache", str(FOLDER / "lowered")]
     for folder in adapters:
         arguments += ["--adapter", f"{folder.name}={folder}"]
     return Launch(

@@ -59,10 +59,12 @@ def test_what_is_held_is_never_evicted(rig: Rig) -> None:
     assert (held.slot, rig.value(held)) == (slot, 1.0)
 
 
-def test_one_that_finds_everything_held_waits_until_one_is_let_go(rig: Rig) -> None:
+def test_one_that_finds_everything_held_waits_until_one_is_let_go(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers_module, "PATIENCE_S", 10 * DEADLINE_S)  # nothing but that brings it
     one, two, three = (rig.admit(value) for value in (1, 2, 3))
     rig.bring(one, two)
     rig.tiers.want([three])
+    rig.eventually(lambda: rig.tiers._blocked is not None)
     assert not rig.tiers.hold([three])
     rig.tiers.let_go([one, two])
     rig.eventually(lambda: rig.tiers.hold([three]))

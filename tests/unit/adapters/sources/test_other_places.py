@@ -24,7 +24,9 @@ from motet.adapters.errors import (
     UnsafeFormatError,
     UnsafePathError,
 )
-from motet.adapters.sources.objects import file_system
+from motet.adapters.sources.address import parse
+from motet.adapters.sources.objects import ObjectPlace, file_system
+from motet.adapters.sources.remote import Deadline
 from tests.support.file_server import FileServer, hub, oci_registry, push
 from tests.unit.adapters.sources.conftest import Opener, read, tar
 
@@ -65,6 +67,15 @@ def test_a_branch_where_branches_are_allowed(repository: FileServer, files: dict
     sources = opened("hf://org/", systems=of_hub(repository), floating=True)
     with sources.fetch("hf://org/name@main") as fetched:
         assert (read(fetched.folder), fetched.revision) == (files, COMMIT)
+
+
+def test_a_file_of_the_hub_from_some_byte_on(repository: FileServer, files: dict[str, bytes]) -> None:
+    place = ObjectPlace(parse(f"hf://org/name@{COMMIT}"), Deadline(60), of_hub(repository))
+    (weights,) = [file for file in place.files() if file.name.endswith(".safetensors")]
+    for tag, start in ((weights.tag, 12_345), ("another", 0), (None, 0)):
+        with place.open(weights, 12_345, tag) as opened:
+            assert (opened.start, opened.size) == (start, len(files[weights.name]))
+            assert b"".join(opened.chunks) == files[weights.name][start:]
 
 
 @pytest.mark.parametrize(

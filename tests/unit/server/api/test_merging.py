@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from motet.adapters.errors import AdapterNotFoundError, GateError
+from motet.adapters.errors import AdapterNotFoundError, GateError, VersionNotServedError
 from motet.server.api import merging as merging_module
 from motet.server.api.merged import Ask
 from motet.server.api.scoring import Question, ScoringError
@@ -155,6 +155,17 @@ def test_a_failure_is_not_remembered(during: Any) -> None:
         assert rig.scorer.running == 0
         rig.scorer.failing = False
         assert (await rig.merging.make("pool", Ask(SUPPORT), 60)).labels == ("a", "b", "c")
+
+    during(scenario)
+
+
+def test_a_version_of_a_pool_may_be_asked_for(during: Any) -> None:
+    async def scenario(rig: Rig) -> None:
+        digest = rig.merging.registry.get("pool").version.digest
+        exactly = await rig.merging.make(f"pool@{digest[:12]}", Ask(SUPPORT, weights="uniform"), 60)
+        assert exactly.name == (await rig.merging.make("pool", Ask(SUPPORT, weights="uniform"), 60)).name
+        with pytest.raises(VersionNotServedError):
+            await rig.merging.make(f"pool@{'f' * 12}", Ask(SUPPORT, weights="uniform"), 60)
 
     during(scenario)
 
