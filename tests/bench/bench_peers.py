@@ -26,7 +26,7 @@ from tests.bench.machine import Machine
 from tests.bench.peers import cells, parity, peft_batch, table
 from tests.bench.peers.cells import SETUPS, Cell, Setup
 from tests.bench.peers.environment import FOLDER, missing_llama, missing_vllm
-from tests.bench.peers.process import PRIORITY, StartError, free_port, go_first, running
+from tests.bench.peers.process import StartError, free_port, go_first, running
 from tests.bench.peers.ratios import ratios
 from tests.bench.peers.servers import BASE, BUILDS, LLAMA, MOTET, PEFT, VLLM
 from tests.bench.run import run
@@ -70,7 +70,6 @@ class Run:
             "seed": self.seed_of(cell, number),
             "prompt_tokens": cells.PROMPT_TOKENS,
             "output_tokens": cells.OUTPUT_TOKENS,
-            "priority": PRIORITY,
         }
 
     def seed_of(self, cell: Cell, number: int) -> int:
@@ -97,9 +96,9 @@ async def measure_server(run_: Run, setup: Setup, number: int) -> None:
         if failures := [one.failure for one in warmed.timelines if one.failure is not None]:
             raise WarmupError(f"{setup.server}: {failures[0].kind}: {failures[0].detail}")
         for cell in setup.cells:
-            go_first(pid)
             asked = cells.workload(cell, BASE, run_.waves, run_.seed_of(cell, number), launch.fields_of)
-            arguments = {**run_.arguments(setup, cell, number), "version": launch.version}
+            raised = {"server_priority": go_first(pid), "client_priority": go_first()}
+            arguments = {**run_.arguments(setup, cell, number), "version": launch.version, **raised}
             record = await run(conduct, asked, str(arguments["label"]), arguments, run_.out)
             rate, failed = record.results.output_tokens_per_s, record.results.failed
             print(f"{record.label}: {rate:.1f} tokens/s, {failed} failed", file=sys.stderr, flush=True)
@@ -198,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out.exists():
         print(f"nothing measured: {options.out} exists; it would mix two runs", file=sys.stderr)
         return 2
+    options.out.touch()
     go_first()
     model = options.model or default_model()
     setups = [s for s in SETUPS if s.server in options.servers and s.registered <= options.most_registered]

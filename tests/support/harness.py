@@ -72,10 +72,11 @@ class Harness:
         arena_bytes: int = 64 << 20,
         native: bool = True,
         processor: Processor | None = None,
+        threads: int = 2,
         host_bytes: int = HOST_BYTES,
         cache: LoweredCache | None = None,
     ) -> None:
-        engine = native_engine(processor) if native and backend == "cpu" else None
+        engine = native_engine(processor, threads) if native and backend == "cpu" else None
         self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base", engine)
         self.loaded.allocate_cache(blocks, block_size)
         residency, base = new_residency(self.loaded, arena_bytes), self.loaded.base
@@ -109,7 +110,7 @@ class Harness:
     ) -> list[Generated]:
         """Generate for prompts and what they use, all submitted at once; results in their order."""
         generations = self.submit(requests, sampling, samplings, given)
-        while not all(self._finished(generation) for generation in generations):
+        while not all(self.finished(generation) for generation in generations):
             self.engine.step()
         for generation in generations:
             self._results[generation].logits = self.runner.recorded.get(generation, [])
@@ -138,7 +139,7 @@ class Harness:
         """Logits after each prompt, computed together, [requests, V]."""
         return torch.stack([made.logits[0] for made in self.run(requests, replace(GREEDY, max_tokens=1))])
 
-    def _finished(self, generation: GenerationId) -> bool:
+    def finished(self, generation: GenerationId) -> bool:
         events = self._results[generation].events
         return bool(events) and events[-1].finish is not None
 

@@ -8,6 +8,6 @@ from motet.kernels.cpu.library import Engine, Processor
 
 
 @functools.cache
-def native_engine(processor: Processor | None = None) -> Engine:
-    """Two threads; None is the fastest processor of this machine."""
-    return Engine(2, processor)
+def native_engine(processor: Processor | None = None, threads: int = 2) -> Engine:
+    """None is the fastest processor of this machine."""
+    return Engine(threads, processor)
