@@ -5,6 +5,7 @@ Must not know: what lies in it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,7 +21,8 @@ CPU_MEMORY_BYTES = 1 << 30
 CUDA_SHARES = {"kv-memory": 0.6, "adapter-memory": 0.15}
 """Default shares of the free device memory after the base model is loaded."""
 HOST_SHARE = 0.25
-"""Of the machine's memory, at most HOST_BYTES: default of --host-memory."""
+"""Of the machine's memory or its container's, at most HOST_BYTES: default of --host-memory."""
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CACHE_BYTES = 10 << 30
 """Default of --adapter-cache-size."""
 
@@ -45,10 +47,16 @@ def device_budget(text: str, option: str, device: torch.device) -> int:
     return CPU_MEMORY_BYTES
 
 
-def host_budget(config: ServeConfig) -> int:
-    """Bytes of the host tier."""
+def host_budget(config: ServeConfig, limit: Path = CONTAINER_LIMIT) -> int:
+    """Bytes of the host tier.
+
+    Args:
+        limit: file with the bytes that the container may take, or "max"; there is none outside of one.
+    """
     given = parse_bytes("host-memory", config.host_memory)
     if given is not None:
         return given
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):
+        whole = min(whole, int(limit.read_text()))
     return min(HOST_BYTES, int(whole * HOST_SHARE))

@@ -24,7 +24,6 @@ from motet.server.engine.types import (
     Plan,
     Runner,
     Sampling,
-    SpanResult,
     TokenEvent,
 )
 
@@ -200,8 +199,13 @@ class Engine:
             logger.exception("a step of %d rows failed; its %d generations end", plan.rows, len(plan.spans))
             self._fail(plan)
             return
-        self._commit(plan, results)
+        events, ended = self._scheduler.commit(plan, results)
+        for generation in ended:
+            self._end_leases(generation)
+        # Before anybody hears of the step, so that whoever looks at the state then finds the step in it.
         self._observe(plan, time.perf_counter() - started_s)
+        if events:
+            self._publish(events)
 
     def _drain_inbox(self) -> None:
         while self._inbox:
@@ -214,20 +218,12 @@ class Engine:
             if (generation := self._scheduler.remove(message)) is not None:
                 self._finish(generation, FinishReason.CANCELLED)
 
-    def _commit(self, plan: Plan, results: Sequence[SpanResult]) -> None:
-        events, ended = self._scheduler.commit(plan, results)
-        for generation in ended:
-            self._end_leases(generation)
-        if events:
-            self._publish(events)
-
     def _fail(self, plan: Plan) -> None:
         """A step raised: its generations end with an error, the others go on."""
-        for span in plan.spans:
-            generation = self._scheduler.remove(span.generation)
-            if generation is not None:
-                self._finish(generation, FinishReason.ERROR, "the step that computed this request failed")
+        failed = [one for span in plan.spans if (one := self._scheduler.remove(span.generation)) is not None]
         self._observe(plan, 0.0, failed=True)
+        for generation in failed:
+            self._finish(generation, FinishReason.ERROR, "the step that computed this request failed")
 
     def _finish(self, generation: Generation, reason: FinishReason, error: str | None = None) -> None:
         self._end_leases(generation)

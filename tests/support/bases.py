@@ -51,3 +51,20 @@ def residency_of(base: BaseModel, budget_bytes: int = 1 << 20, dtype: torch.dtyp
     """An empty arena for the base."""
     widths = {width for target in base.targets.values() for width in (target.in_width, target.out_width)}
     return Residency(base.targets, Arena(widths, budget_bytes, dtype, torch.device("cpu")))
+
+
+def one_target_base() -> BaseModel:
+    """ "base", with one linear of four by four."""
+    weight = torch.ones(4, 4)
+    return BaseModel(
+        "base",
+        "0" * 64,
+        {"q_proj": Target(0, "q_proj", 4, 4, has_bias=False)},
+        frozenset(),
+        lambda _: weight,
+        lambda _: weight[0],
+        lambda _: 1.0,
+        frozenset({"q_proj.weight"}),
+        lambda _: weight,
+        config={"hidden_size": 4},
+    )

@@ -27,7 +27,8 @@ class Adapters {
       note(table, one.segments, one.row_start, one.row_stop);
       offset_[i] = stride_;
       int32_t largest = 0;
-      for (int64_t k = 0; k < effects->targets * one.segments; k++) largest = one.rank[k] > largest ? one.rank[k] : largest;
+      for (int64_t k = 0; k < effects->targets * one.segments; k++)
+        largest = one.rank[k] > largest ? one.rank[k] : largest;
       stride_ += ceil_div(largest, E::PER_UNIT) * E::PER_UNIT;
     }
     for (const RowVectors *one : {effects->scales, effects->biases}) {
@@ -90,27 +91,18 @@ class Adapters {
   }
 
   // Turns a tile of W x into k ⊙ (W x + B s) + c + b.
-  void finish(const Linear &linear, const Element *shrunk, int64_t row_stride, int64_t row, int64_t n, float *tile,
-              int64_t output, int64_t outputs) const {
+  void finish(const Linear &linear, const Element *shrunk, int64_t row_stride, Tile &tile) const {
     if (effects_ != nullptr) {
-      if (shrunk != nullptr)
-        for (int64_t i = 0; i < effects_->n_low_rank; i++) expand(i, linear, shrunk, row_stride, row, n, tile, output, outputs);
-      vectors(effects_->scales, 0, linear, row, n, output, outputs, [&](int64_t r, int64_t at, f32v delta) {
-        float *y = tile + r * GROUP + at;
-        const f32v before = load<f32v>(y);
-        store(y, before + before * delta);
-      });
+      for (int64_t i = 0; shrunk != nullptr && i < effects_->n_low_rank; i++)
+        expand(i, linear, shrunk, row_stride, tile);
+      vectors(effects_->scales, 0, linear, tile, [](f32v y, f32v delta) { return y + y * delta; });
     }
     if (linear.bias != nullptr)
-      for (int64_t at = 0; at < outputs; at += LANES) {
-        const f32v bias = load<f32v>(linear.bias + output + at, least(LANES, outputs - at));
-        for (int64_t r = 0; r < n; r++) store(tile + r * GROUP + at, load<f32v>(tile + r * GROUP + at) + bias);
+      for (int64_t i = 0; i < tile.outputs; i += LANES) {
+        const f32v bias = load<f32v>(linear.bias + tile.output + i, tile.outputs - i);
+        for (int64_t r = 0; r < tile.rows; r++) store(tile.at(r, i), load<f32v>(tile.at(r, i)) + bias);
       }
-    if (effects_ != nullptr)
-      vectors(effects_->biases, 1, linear, row, n, output, outputs, [&](int64_t r, int64_t at, f32v bias) {
-        float *y = tile + r * GROUP + at;
-        store(y, load<f32v>(y) + bias);
-      });
+    if (effects_ != nullptr) vectors(effects_->biases, 1, linear, tile, [](f32v y, f32v bias) { return y + bias; });
   }
 
  private:
@@ -126,7 +118,8 @@ class Adapters {
 
   // each(segment, first row, one past the last) for the parts of start…stop that lie in a segment.
   template <class Each>
-  static MOTET_INLINE void each_run(const int32_t *table, const int32_t *row_stop, int64_t start, int64_t stop, Each each) {
+  static MOTET_INLINE void each_run(const int32_t *table, const int32_t *row_stop, int64_t start, int64_t stop,
+                                    Each each) {
     for (int64_t row = start; row < stop;) {
       const int64_t s = table[row], end = s == NOBODY ? row + 1 : least(stop, row_stop[s]);
       if (s != NOBODY) each(s, row, end);
@@ -164,25 +157,25 @@ class Adapters {
     }
   }
 
-  void expand(int64_t i, const Linear &linear, const Element *shrunk, int64_t row_stride, int64_t row, int64_t n,
-              float *tile, int64_t output, int64_t outputs) const {
+  void expand(int64_t i, const Linear &linear, const Element *shrunk, int64_t row_stride, Tile &tile) const {
     const LowRank &one = effects_->low_rank[i];
-    each_run(tables_ + i * rows_, one.row_stop, row, row + n, [&](int64_t s, int64_t from, int64_t to) {
+    const int32_t *table = tables_ + i * rows_;
+    each_run(table, one.row_stop, tile.row, tile.row + tile.rows, [&](int64_t s, int64_t from, int64_t to) {
       const int64_t at = linear.target * one.segments + s, rank = one.rank[at];
       if (rank == 0) return;
-      const Element *b = operand(one.b_first[at]) + output;
+      const Element *b = operand(one.b_first[at]) + tile.output;
       for (int64_t t = from; t < to;) {
         const Element *own = shrunk + t * row_stride + offset_[i];
-        float *sums = tile + (t - row) * GROUP;
-        const int64_t together = to - t >= 4 ? 4 : 1;
-        if (together == 4 && outputs == GROUP)
-          add_rows<4, BLOCKS>(b, rank, linear.out, own, row_stride, sums, GROUP);
-        else if (outputs == GROUP)
-          add_rows<1, BLOCKS>(b, rank, linear.out, own, row_stride, sums, GROUP);
+        const int64_t r = t - tile.row, together = to - t >= 4 ? 4 : 1;
+        if (tile.outputs < GROUP)
+          for (int64_t o = 0; o < tile.outputs; o += LANES)
+            for (int64_t k = 0; k < together; k++)
+              add_rows<1, 1>(b + o, rank, linear.out, own + k * row_stride, row_stride, tile.at(r + k, o),
+                             tile.outputs - o);
+        else if (together == 4)
+          add_rows<4, BLOCKS>(b, rank, linear.out, own, row_stride, tile.at(r, 0), GROUP);
         else
-          for (int64_t r = 0; r < together; r++)
-            for (int64_t o = 0; o < outputs; o += LANES)
-              add_rows<1, 1>(b + o, rank, linear.out, own + r * row_stride, row_stride, sums + r * GROUP + o, least(LANES, outputs - o));
+          add_rows<1, BLOCKS>(b, rank, linear.out, own, row_stride, tile.at(r, 0), GROUP);
         t += together;
       }
     });
@@ -198,7 +191,8 @@ class Adapters {
     for (int64_t r = 0; r < rank; r += E::PER_UNIT) {
       u32v rank_rows[WIDE];
       for (int w = 0; w < WIDE; w++)
-        rank_rows[w] = E::side_by_side(b + r * stride + w * LANES, r + 1 < rank ? stride : 0, least(LANES, outputs - w * LANES));
+        rank_rows[w] = E::side_by_side(b + r * stride + w * LANES, r + 1 < rank ? stride : 0,
+                                       least(LANES, outputs - w * LANES));
       for (int t = 0; t < ROWS; t++) {
         uint32_t factor;
         std::memcpy(&factor, shrunk + t * row_stride + r, sizeof factor);
@@ -209,18 +203,20 @@ class Adapters {
       for (int w = 0; w < WIDE; w++) store(tile + t * GROUP + w * LANES, sum[t][w]);
   }
 
-  template <class Each>
-  MOTET_INLINE void vectors(const RowVectors *vectors, int64_t which, const Linear &linear, int64_t row, int64_t n,
-                            int64_t output, int64_t outputs, Each each) const {
+  // y = change(y, the row's own vector) where a row has one.
+  template <class Change>
+  MOTET_INLINE void vectors(const RowVectors *vectors, int64_t which, const Linear &linear, Tile &tile,
+                            Change change) const {
     if (vectors == nullptr) return;
-    each_run(tables_ + (effects_->n_low_rank + which) * rows_, vectors->row_stop, row, row + n,
+    each_run(tables_ + (effects_->n_low_rank + which) * rows_, vectors->row_stop, tile.row, tile.row + tile.rows,
              [&](int64_t s, int64_t from, int64_t to) {
                const int64_t place = linear.target * vectors->segments + s;
                if (!vectors->present[place]) return;
-               const Element *values = operand(vectors->first[place]) + output;
-               for (int64_t at = 0; at < outputs; at += LANES) {
-                 const f32v some = E::read(values + at, least(LANES, outputs - at));
-                 for (int64_t t = from; t < to; t++) each(t - row, at, some);
+               const Element *values = operand(vectors->first[place]) + tile.output;
+               for (int64_t i = 0; i < tile.outputs; i += LANES) {
+                 const f32v some = E::read(values + i, tile.outputs - i);
+                 for (int64_t r = from - tile.row; r < to - tile.row; r++)
+                   store(tile.at(r, i), change(load<f32v>(tile.at(r, i)), some));
                }
              });
   }

@@ -115,7 +115,8 @@ class Attention {
     store(scores, sums_of(sum) * scale_, n);
   }
 
-  // sums += Σ_i weight i · value i for HEADS query heads of one key-value head. A head's sums lie as `split` gives them.
+  // sums += Σ_i weight i · value i for HEADS query heads of one key-value head. A head's sums lie as `split` gives
+  // them.
   template <int HEADS>
   int64_t gather(const float *weights, int64_t n, const Element *values, float *sums) const {
     each_unit([&](int64_t at, int64_t some) {

@@ -25,6 +25,14 @@ void normalise(const float *x, const float *weight, int64_t width, double eps, t
     E::write(out + i, load<f32v>(x + i, width - i) * factor * load<f32v>(weight + i, width - i), width - i);
 }
 
+// Writes a tile to its place in [rows, width].
+template <class E>
+MOTET_INLINE void write_tile(typename E::type *y, int64_t width, const Tile &tile) {
+  for (int64_t r = 0; r < tile.rows; r++)
+    for (int64_t i = 0; i < tile.outputs; i += LANES)
+      E::write(y + (tile.row + r) * width + tile.output + i, load<f32v>(tile.at(r, i)), tile.outputs - i);
+}
+
 template <class E>
 class Decoder {
  public:
@@ -52,13 +60,12 @@ class Decoder {
     }
     Element *normed = static_cast<Element *>(step_.normed);
     for (int64_t i = 0; i < step_.n_kept; i++)
-      normalise<E>(hidden_ + step_.kept[i] * model_.hidden, model_.final_norm, model_.hidden, model_.eps, normed + i * model_.hidden);
+      normalise<E>(hidden_ + step_.kept[i] * model_.hidden, model_.final_norm, model_.hidden, model_.eps,
+                   normed + i * model_.hidden);
     if (step_.logits == nullptr) return;
     const Linear *const head[] = {&model_.head};
     columns<E>(engine_, head, step_.n_kept, normed, nothing,
-               [&](int64_t, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-                 put(step_.logits, model_.head.out, row, n, tile, output, outputs);
-               });
+               [&](int64_t, const Tile &tile) { write_tile<Float>(step_.logits, model_.head.out, tile); });
   }
 
  private:
@@ -68,12 +75,12 @@ class Decoder {
     const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, normed_);
     float *q = projected_, *k = q + rows_ * layer.q.out, *v = k + rows_ * layer.k.out;
     float *const outs[] = {q, k, v};
-    apply(linears, normed_, shrunk, [&](int64_t i, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-      put(outs[i], linears[i]->out, row, n, tile, output, outputs);
-    });
+    apply(linears, normed_, shrunk,
+          [&](int64_t i, const Tile &tile) { write_tile<Float>(outs[i], linears[i]->out, tile); });
     attention_.clear_begun(layer);
     by_rows([&](int64_t row) {
-      attention_.place(layer, row, q + row * layer.q.out, k + row * layer.k.out, v + row * layer.v.out, query_ + row * layer.q.out);
+      attention_.place(layer, row, q + row * layer.q.out, k + row * layer.k.out, v + row * layer.v.out,
+                       query_ + row * layer.q.out);
     });
     attention_.attend(layer, query_, attended_);
     add_to_hidden(layer.o, attended_);
@@ -84,15 +91,15 @@ class Decoder {
     const Linear *const read[] = {&layer.gate, &layer.up}, *const gate[] = {&layer.gate};
     const auto shrunk = shrink_all<E>(engine_, adapters_, read, rows_, normed_);
     const int64_t width = layer.gate.out;
-    apply(gate, normed_, shrunk, [&](int64_t, int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
-      alignas(64) float up[TILE * GROUP];
-      adapters_.fetch(layer.up, row, row + n, output, outputs);
-      product<E>(layer.up, output / GROUP, n, normed_ + row * layer.up.in, up);
-      adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, row, n, up, output, outputs);
-      for (int64_t r = 0; r < n; r++)
-        for (int64_t i = 0; i < outputs; i += LANES) {
-          const f32v x = load<f32v>(tile + r * GROUP + i), y = load<f32v>(up + r * GROUP + i);
-          E::write(activated_ + (row + r) * width + output + i, x / (1.f + exp_of(-x)) * y, outputs - i);
+    apply(gate, normed_, shrunk, [&](int64_t, const Tile &gate_tile) {
+      Tile tile = gate_tile;
+      adapters_.fetch(layer.up, tile.row, tile.row + tile.rows, tile.output, tile.outputs);
+      product<E>(layer.up, normed_, tile);
+      adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, tile);
+      for (int64_t r = 0; r < tile.rows; r++)
+        for (int64_t i = 0; i < tile.outputs; i += LANES) {
+          const f32v x = load<f32v>(gate_tile.at(r, i)), y = load<f32v>(tile.at(r, i));
+          E::write(activated_ + (tile.row + r) * width + tile.output + i, x / (1.f + exp_of(-x)) * y, tile.outputs - i);
         }
     });
     add_to_hidden(layer.down, activated_);
@@ -106,20 +113,20 @@ class Decoder {
         [&](int64_t i, int64_t start, int64_t stop, int64_t output, int64_t outputs) {
           adapters_.fetch(*linears[i], start, stop, output, outputs);
         },
-        [&](int64_t i, int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
-          adapters_.finish(*linears[i], shrunk.of(i), shrunk.stride, row, n, tile, output, outputs);
-          each(i, row, n, tile, output, outputs);
+        [&](int64_t i, Tile &tile) {
+          adapters_.finish(*linears[i], shrunk.of(i), shrunk.stride, tile);
+          each(i, tile);
         });
   }
 
   void add_to_hidden(const Linear &linear, const Element *x) {
     const Linear *const linears[] = {&linear};
     const auto shrunk = shrink_all<E>(engine_, adapters_, linears, rows_, x);
-    apply(linears, x, shrunk, [&](int64_t, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-      for (int64_t r = 0; r < n; r++)
-        for (int64_t i = 0; i < outputs; i += LANES) {
-          float *h = hidden_ + (row + r) * model_.hidden + output + i;
-          store(h, load<f32v>(h, outputs - i) + load<f32v>(tile + r * GROUP + i), outputs - i);
+    apply(linears, x, shrunk, [&](int64_t, const Tile &tile) {
+      for (int64_t r = 0; r < tile.rows; r++)
+        for (int64_t i = 0; i < tile.outputs; i += LANES) {
+          float *h = hidden_ + (tile.row + r) * model_.hidden + tile.output + i;
+          store(h, load<f32v>(h, tile.outputs - i) + load<f32v>(tile.at(r, i)), tile.outputs - i);
         }
     });
   }
@@ -139,12 +146,6 @@ class Decoder {
     });
   }
 
-  static MOTET_INLINE void put(float *out, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-    for (int64_t r = 0; r < n; r++)
-      for (int64_t i = 0; i < outputs; i += LANES)
-        store(out + (row + r) * width + output + i, load<f32v>(tile + r * GROUP + i), outputs - i);
-  }
-
   Engine &engine_;
   const Step &step_;
   const Model &model_;
@@ -155,22 +156,15 @@ class Decoder {
   float *projected_, *hidden_;
 };
 
-template <class E>
-void write_tile(typename E::type *y, int64_t width, int64_t row, int64_t n, const float *tile, int64_t output, int64_t outputs) {
-  for (int64_t r = 0; r < n; r++)
-    for (int64_t i = 0; i < outputs; i += LANES)
-      E::write(y + (row + r) * width + output + i, load<f32v>(tile + r * GROUP + i), outputs - i);
-}
-
 // y = W x + c
 template <class E>
 void linear(Engine &engine, const Linear &linear, int64_t rows, const void *x, void *y) {
   const Adapters<E> nobody(engine, nullptr, rows);
   const Linear *const linears[] = {&linear};
   columns<E>(engine, linears, rows, static_cast<const typename E::type *>(x), nothing,
-             [&](int64_t, int64_t row, int64_t n, float *tile, int64_t output, int64_t outputs) {
-               nobody.finish(linear, nullptr, 0, row, n, tile, output, outputs);
-               write_tile<E>(static_cast<typename E::type *>(y), linear.out, row, n, tile, output, outputs);
+             [&](int64_t, Tile &tile) {
+               nobody.finish(linear, nullptr, 0, tile);
+               write_tile<E>(static_cast<typename E::type *>(y), linear.out, tile);
              });
 }
 
@@ -183,17 +177,16 @@ void low_rank(Engine &engine, const Effects &effects, const Linear &linear, int6
   const auto shrunk = shrink_all<E>(engine, adapters, linears, rows, static_cast<const Element *>(x));
   if (shrunk.values == nullptr) return;
   Element *out = static_cast<Element *>(y);
-  const int64_t groups = ceil_div(linear.out, GROUP);
-  parallel(engine.pool, groups, [&](int64_t group, int) {
-    alignas(64) float tile[TILE * GROUP];
-    const int64_t output = group * GROUP, outputs = least(GROUP, linear.out - output);
-    for (int64_t row = 0; row < rows; row += TILE) {
-      const int64_t n = least(TILE, rows - row);
-      for (int64_t r = 0; r < n; r++)
-        for (int64_t i = 0; i < outputs; i += LANES)
-          store(tile + r * GROUP + i, E::read(out + (row + r) * linear.out + output + i, outputs - i));
-      adapters.finish(linear, shrunk.of(0), shrunk.stride, row, n, tile, output, outputs);
-      write_tile<E>(out, linear.out, row, n, tile, output, outputs);
+  parallel(engine.pool, ceil_div(linear.out, GROUP), [&](int64_t group, int) {
+    Tile tile;
+    tile.output = group * GROUP, tile.outputs = least(GROUP, linear.out - tile.output);
+    for (tile.row = 0; tile.row < rows; tile.row += TILE) {
+      tile.rows = least(TILE, rows - tile.row);
+      for (int64_t r = 0; r < tile.rows; r++)
+        for (int64_t i = 0; i < tile.outputs; i += LANES)
+          store(tile.at(r, i), E::read(out + (tile.row + r) * linear.out + tile.output + i, tile.outputs - i));
+      adapters.finish(linear, shrunk.of(0), shrunk.stride, tile);
+      write_tile<E>(out, linear.out, tile);
     }
   });
 }

@@ -17,9 +17,12 @@ struct Native : Engine {
 const Kernels *known(int processor) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (processor == 2 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  if (processor == 2 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return &AVX512;
-  if (processor == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return &AVX2;
+  if (processor == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2"))
+    return &AVX2;
 #endif
   return processor == 0 ? &PLAIN : nullptr;
 }
@@ -63,7 +66,8 @@ EXPORTED void motet_linear(void *engine, int bfloat, const Linear *linear, int64
   native.kernels.linear[bfloat](native, *linear, rows, x, y);
 }
 
-EXPORTED void motet_low_rank(void *engine, int bfloat, const Effects *effects, const Linear *linear, int64_t rows, const void *x, void *y) {
+EXPORTED void motet_low_rank(void *engine, int bfloat, const Effects *effects, const Linear *linear, int64_t rows,
+                             const void *x, void *y) {
   auto &native = *static_cast<Native *>(engine);
   const std::lock_guard<std::mutex> hold(native.lock);
   native.kernels.low_rank[bfloat](native, *effects, *linear, rows, x, y);

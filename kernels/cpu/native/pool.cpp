@@ -67,7 +67,8 @@ void Pool::run(int64_t chunks, Task task, void *context) {
 void Pool::work(int thread) {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   while (ticket & REMAINING) {
-    if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire))
+      continue;
     // The task cannot end before this chunk is done, so its description stays.
     task_(context_, chunks_ - static_cast<int64_t>(ticket & REMAINING), thread);
     done_.fetch_add(1, std::memory_order_release);

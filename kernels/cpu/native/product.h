@@ -60,7 +60,8 @@ MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, const uint32_t *pa
 }
 
 template <class E, int WIDE>
-void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, const uint32_t *packed, int64_t units, float *tile) {
+void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, const uint32_t *packed, int64_t units,
+                   float *tile) {
   switch (rows) {
     case 1: return multiply<E, 1, WIDE>(x, stride, packed, units, tile);
     case 2: return multiply<E, 2, WIDE>(x, stride, packed, units, tile);
@@ -77,23 +78,32 @@ void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, const uint32
   }
 }
 
-// One group of outputs of up to TILE rows: tile [rows, GROUP].
+// What a linear gives for up to TILE rows and GROUP outputs, on its way to where it belongs.
+struct Tile {
+  int64_t row, rows, output, outputs;
+  alignas(64) float sums[TILE * GROUP];
+  MOTET_INLINE float *at(int64_t r, int64_t i) { return sums + r * GROUP + i; }
+  MOTET_INLINE const float *at(int64_t r, int64_t i) const { return sums + r * GROUP + i; }
+};
+
+// Fills the tile in; x are the inputs of all rows.
 template <class E>
-void product(const Linear &linear, int64_t group, int64_t rows, const void *x, float *tile) {
+void product(const Linear &linear, const typename E::type *x, Tile &tile) {
   const int64_t units = linear.in / E::PER_UNIT;
-  const int64_t first = group * BLOCKS, blocks = least(BLOCKS, ceil_div(linear.out, LANES) - first);
-  const uint32_t *inputs = static_cast<const uint32_t *>(x);
+  const int64_t first = tile.output / LANES, blocks = ceil_div(tile.outputs, LANES);
+  const void *inputs_at = x + tile.row * linear.in;
+  const uint32_t *inputs = static_cast<const uint32_t *>(inputs_at);
   int64_t block = 0;
   for (; block + TOGETHER <= blocks; block += TOGETHER)
-    multiply_rows<E, TOGETHER>(rows, inputs, units, linear.packed + (first + block) * units * LANES, units,
-                               tile + block * LANES);
+    multiply_rows<E, TOGETHER>(tile.rows, inputs, units, linear.packed + (first + block) * units * LANES, units,
+                               tile.at(0, block * LANES));
   for (; block < blocks; block++)
-    multiply_rows<E, 1>(rows, inputs, units, linear.packed + (first + block) * units * LANES, units,
-                        tile + block * LANES);
+    multiply_rows<E, 1>(tile.rows, inputs, units, linear.packed + (first + block) * units * LANES, units,
+                        tile.at(0, block * LANES));
 }
 
-// Calls each(linear, first row, rows, tile [rows, GROUP], first output, outputs) for all that linears of one input give,
-// in parallel, and before that ahead(linear, first row, one past the last, first output, outputs), once a chunk.
+// Calls each(linear, tile) for all that linears of one input give, in parallel, and before that, once a chunk,
+// ahead(linear, first row, one past the last, first output, outputs).
 template <class E, int N, class Ahead, class Each>
 void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, const typename E::type *x, Ahead ahead,
              Each each) {
@@ -104,7 +114,6 @@ void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, co
   const int64_t most = rows <= 64 ? rows : least(256, ceil_div(ceil_div(rows, engine.pool.threads()), TILE) * TILE);
   const int64_t cuts = ceil_div(rows, most);
   parallel(engine.pool, groups * cuts, [&](int64_t chunk, int) {
-    alignas(64) float tile[TILE * GROUP];
     int64_t group = chunk / cuts, one = 0;
     while (group >= ceil_div(linears[one]->out, GROUP)) group -= ceil_div(linears[one++]->out, GROUP);
     const Linear &linear = *linears[one];
@@ -112,9 +121,10 @@ void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, co
     const int64_t start = chunk % cuts * most, stop = least(rows, start + most);
     ahead(one, start, stop, output, outputs);
     for (int64_t row = start; row < stop; row += TILE) {
-      const int64_t n = least(TILE, stop - row);
-      product<E>(linear, group, n, x + row * linear.in, tile);
-      each(one, row, n, tile, output, outputs);
+      Tile tile;
+      tile.row = row, tile.rows = least(TILE, stop - row), tile.output = output, tile.outputs = outputs;
+      product<E>(linear, x, tile);
+      each(one, tile);
     }
   });
 }

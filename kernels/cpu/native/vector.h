@@ -105,23 +105,24 @@ MOTET_INLINE float sum_of(f32v x) {
   return x[0] + x[1];
 }
 
+// Of two vectors, the runs of `width` lanes with an even number plus those with an odd one; e0 to e7 are the even ones.
+#define MOTET_FOLD(a, b, e0, e1, e2, e3, e4, e5, e6, e7, width)                                                        \
+  (__builtin_shufflevector(a, b, e0, e1, e2, e3, e4, e5, e6, e7, e0 + 16, e1 + 16, e2 + 16, e3 + 16, e4 + 16, e5 + 16, \
+                           e6 + 16, e7 + 16) +                                                                         \
+   __builtin_shufflevector(a, b, e0 + width, e1 + width, e2 + width, e3 + width, e4 + width, e5 + width, e6 + width,   \
+                           e7 + width, e0 + width + 16, e1 + width + 16, e2 + width + 16, e3 + width + 16,             \
+                           e4 + width + 16, e5 + width + 16, e6 + width + 16, e7 + width + 16))
+
 // Lane i of the result is the sum of the lanes of x[i].
 MOTET_INLINE f32v sums_of(const f32v *x) {
   f32v by8[8], by4[4], by2[2];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++)
-    by8[i] = __builtin_shufflevector(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             __builtin_shufflevector(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  for (int i = 0; i < 8; i++) by8[i] = MOTET_FOLD(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 8);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++)
-    by4[i] = __builtin_shufflevector(by8[2 * i], by8[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-             __builtin_shufflevector(by8[2 * i], by8[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  for (int i = 0; i < 4; i++) by4[i] = MOTET_FOLD(by8[2 * i], by8[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 4);
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; i++)
-    by2[i] = __builtin_shufflevector(by4[2 * i], by4[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-             __builtin_shufflevector(by4[2 * i], by4[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-  return __builtin_shufflevector(by2[0], by2[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(by2[0], by2[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  for (int i = 0; i < 2; i++) by2[i] = MOTET_FOLD(by4[2 * i], by4[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 2);
+  return MOTET_FOLD(by2[0], by2[1], 0, 2, 4, 6, 8, 10, 12, 14, 1);
 }
 
 MOTET_INLINE float largest_of(f32v x) {

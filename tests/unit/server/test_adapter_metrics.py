@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from motet.adapters.base import BaseModel, Target
 from motet.adapters.host import HostTier
 from motet.adapters.lease import Resident
 from motet.adapters.tiers import Tiers
 from motet.adapters.version import AdapterVersion, Digest, Slot
 from motet.server.adapter_metrics import MOST_ADAPTERS, OTHER, RANKED_EVERY_S, AdapterMetrics
 from motet.server.tier_metrics import TierMetrics
-from tests.support.bases import residency_of
-
-
-def tiny_base() -> BaseModel:
-    weight = torch.ones(4, 4)
-    return BaseModel(
-        "base",
-        "0" * 64,
-        {"q_proj": Target(0, "q_proj", 4, 4, has_bias=False)},
-        frozenset(),
-        lambda _: weight,
-        lambda _: weight[0],
-        lambda _: 1.0,
-        frozenset({"q_proj.weight"}),
-        lambda _: weight,
-        config={"hidden_size": 4},
-    )
+from tests.support.bases import one_target_base, residency_of
 
 
 class Everything:
@@ -139,7 +121,7 @@ def test_buckets_hold_what_is_at_most_their_bound() -> None:
 
 
 def test_tiers_are_read_where_they_are() -> None:
-    tiers = Tiers(residency_of(tiny_base()), HostTier(1000))
+    tiers = Tiers(residency_of(one_target_base()), HostTier(1000))
     metrics = AdapterMetrics(Everything, Watch())
     metrics.of("told")
     here, there, untold = (

@@ -13,8 +13,7 @@ from motet.server.engine.engine import EngineState
 from motet.server.metrics import Metrics
 from motet.server.native import with_rows
 from motet.server.tier_metrics import TierMetrics
-from tests.support.bases import residency_of
-from tests.unit.server.test_adapter_metrics import tiny_base
+from tests.support.bases import one_target_base, residency_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
@@ -24,7 +23,7 @@ SUFFIX = {"counter": "_total"}
 def told() -> dict[str, tuple[str, frozenset[str]]]:
     """Name → type and labels of every family that something can be told of."""
     metrics = with_rows(Metrics(EngineState, lambda: (0, 0), list, lambda: {"a"}), dict)
-    metrics.registry.register(TierMetrics(Tiers(residency_of(tiny_base()), HostTier(1)), metrics.by_adapter, int))
+    metrics.registry.register(TierMetrics(Tiers(residency_of(one_target_base()), HostTier(1)), metrics.by_adapter, int))
     return {_name(family): (family.type, _labels(metrics, family)) for family in metrics.registry.collect()}
 
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
-from motet.adapters.base import BaseModel, Target
 from motet.adapters.host import HostTier
 from motet.adapters.lease import Lease
 from motet.adapters.origin import folders
@@ -33,7 +31,7 @@ from motet.server.engine.scheduler import Scheduler, StepLimits
 from motet.server.engine.stream import Streams
 from motet.server.engine.types import Lease as EngineLease, Plan, SpanResult, TokenLogprobs
 from motet.server.metrics import Metrics
-from tests.support.bases import residency_of
+from tests.support.bases import one_target_base, residency_of
 from tests.support.tokenizer import byte_tokenizer
 
 TOKENIZER: Any = byte_tokenizer()
@@ -79,19 +77,7 @@ class Running:
     """A service in the running loop, with one adapter, "adapted", and a client of it."""
 
     def __init__(self, adapter: Path, limits: StepLimits, max_waiting: int) -> None:
-        weight = torch.ones(4, 4)
-        base = BaseModel(
-            "base",
-            "0" * 64,
-            {"q_proj": Target(0, "q_proj", 4, 4, has_bias=False)},
-            frozenset(),
-            lambda _: weight,
-            lambda _: weight[0],
-            lambda _: 1.0,
-            frozenset({"q_proj.weight"}),
-            lambda _: weight,
-            config={"hidden_size": 4},
-        )
+        base = one_target_base()
         self.runner = CountingRunner()
         residency = residency_of(base)
         tiers = Tiers(residency, HostTier(1 << 20))

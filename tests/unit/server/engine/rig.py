@@ -100,3 +100,11 @@ class Rig:
 
     def _end_lease(self, lease: Lease) -> None:
         self.ended[lease] += 1
+
+
+def run_until_idle(rig: Rig, steps: int = 200) -> None:
+    for _ in range(steps):
+        rig.engine.step()
+        if not (rig.engine.state.running or rig.engine.state.waiting):
+            return
+    raise AssertionError("still busy")

@@ -14,7 +14,7 @@ from motet.server.engine.types import (
     Sampling,
 )
 from tests.support.fake_runner import generate_alone, version_of
-from tests.unit.server.engine.rig import BLOCK, PATIENCE_S, SHORT, Rig
+from tests.unit.server.engine.rig import BLOCK, PATIENCE_S, SHORT, Rig, run_until_idle
 
 
 @pytest.fixture
@@ -30,14 +30,6 @@ def running() -> Iterator[Rig]:
     rig.runner.go_on.set()
     rig.engine.stop(PATIENCE_S)
     assert not rig.engine.alive
-
-
-def run_until_idle(rig: Rig, steps: int = 200) -> None:
-    for _ in range(steps):
-        rig.engine.step()
-        if not (rig.engine.state.running or rig.engine.state.waiting):
-            return
-    raise AssertionError("still busy")
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
@@ -218,47 +210,6 @@ def test_thread_goes_on_after_a_failed_step(running: Rig) -> None:
     second = running.submit([1])
     running.wait([second])
     assert (running.ends(first), running.ends(second)) == ([FinishReason.ERROR], [FinishReason.LENGTH])
-
-
-def test_failures_count_steps_in_a_row(rig: Rig) -> None:
-    rig.runner.fails = lambda plan: True
-    for failures in (1, 2, 3):
-        rig.submit([1])
-        rig.engine.step()
-        assert rig.engine.state.failures == failures
-        rig.engine.cancel(GenerationId(0))
-        rig.engine.step()
-        assert rig.engine.state.failures == failures, "a turn without rows proves nothing about the runner"
-    rig.runner.fails = lambda plan: False
-    rig.submit([1])
-    rig.engine.step()
-    assert rig.engine.state.failures == 0
-
-
-def test_state_is_a_picture_of_the_latest_step() -> None:
-    rig = Rig(blocks=10, generations=2)
-    assert rig.engine.state.blocks == 10
-    rig.submit([1, 2, 0, 1, 2], "fr", Sampling(max_tokens=3))
-    rig.submit([1], None, Sampling(max_tokens=3))
-    rig.submit([1], "de", Sampling(max_tokens=3))
-    rig.submit([2], "fr", Sampling(max_tokens=3))
-    rig.engine.step()
-    state = rig.engine.state
-    assert (state.running, state.waiting, state.blocks_held) == (2, 2, 3)
-    assert state.waiting_adapters == {"de", "fr"}
-    assert (state.steps, state.rows, state.preemptions, state.failures) == (1, 6, 0, 0)
-    assert state.step_s > 0
-    run_until_idle(rig)
-    state = rig.engine.state
-    assert (state.running, state.waiting, state.blocks_held) == (0, 0, 0)
-    assert state.waiting_adapters == frozenset()
-    assert (state.steps, state.rows) == (6, 6 + 2 * 2 + 2 + 2 * 2)
-    rig.assert_everything_ended_once()
-
-
-def test_empty_turn_counts_no_step(rig: Rig) -> None:
-    rig.engine.step()
-    assert (rig.engine.state.steps, rig.engine.state.rows, rig.published) == (0, 0, [])
 
 
 def test_empty_prompt_is_a_bug_of_the_caller(rig: Rig) -> None:
