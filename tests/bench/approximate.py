@@ -29,7 +29,7 @@ from motet.adapters.registry import Registry
 from motet.adapters.spec import Declared, LossyForm
 from motet.server import serve as serving
 from motet.server.config import ServeConfig
-from motet.server.engine.types import BlockId, GenerationId, Plan, Sampling, Span
+from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Sampling, Span
 from motet.server.model.default_model import ensure_default_model
 from motet.server.model.runner import ModelRunner
 from tests.bench.machine import Machine
@@ -120,13 +120,14 @@ def _decode_ms(
     times: dict[tuple[str | None, int], list[float]] = {(name, rows): [] for name in names for rows in BATCHES}
     per_row = -(-(PROMPT_TOKENS + 1) // block_size)
     leases = {name: registry.acquire(name) for name in names if name is not None}
+    assert registry.tiers.hold(list(leases.values())), "all forms are on the device"
     plans = {}
     for name, rows in times:
-        lease = None if name is None else leases[name]
+        applied = () if name is None else (Applied(leases[name]),)
         blocks = [tuple(BlockId(row * per_row + b) for b in range(per_row)) for row in range(rows)]
         for tokens, start in ((tuple(range(1, PROMPT_TOKENS + 1)), 0), ((7,), PROMPT_TOKENS)):
             spans = [
-                Span(GenerationId(row), lease, tokens, start, blocks[row], True, Sampling(max_tokens=1), 0)
+                Span(GenerationId(row), applied, tokens, start, blocks[row], True, Sampling(max_tokens=1), 0)
                 for row in range(rows)
             ]
             plans[name, rows, start] = Plan(tuple(spans))
@@ -137,6 +138,7 @@ def _decode_ms(
             began_ns = time.perf_counter_ns()
             runner.run(plans[name, rows, PROMPT_TOKENS])
             taken.append((time.perf_counter_ns() - began_ns) / 1e6)
+    registry.tiers.let_go(list(leases.values()))
     for lease in leases.values():
         registry.release(lease)
     return {name: {str(rows): round(median(times[name, rows][WARM_UPS:]), 2) for rows in BATCHES} for name in names}
