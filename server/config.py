@@ -86,7 +86,7 @@ class ServeConfig:
     host_memory: str = _option(
         "auto",
         "Bytes for adapters in the server's own memory, from where they come to the device; auto is 4GiB, but at most "
-        "a quarter of the memory that the machine or its container has.",
+        "a quarter of the memory there is.",
     )
     adapter_cache: str = _option(
         "auto", "Folder that keeps lowered adapters, or off; auto is motet/lowered in the user's cache."
