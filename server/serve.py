@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +59,6 @@ from motet.server.tier_metrics import everything
 Report = Callable[[str], None]
 """Takes one line per stage of the start."""
 
-SWITCH_S = 0.0005
-"""How long a thread may keep the interpreter from the step thread, which gives it up in each step; by default 5 ms."""
 LAST_WORDS_S = 3
 """Time for answers that are complete to reach their clients."""
 
@@ -160,7 +157,6 @@ def own_the_processors(engine: Engine) -> None:
     OpenMP keeps a pool of threads per calling thread. With more of them than processors it stops spinning at barriers,
     and each step of the default model took 35 ms instead of 24 because the main thread had once computed something.
     """
-    sys.setswitchinterval(SWITCH_S)
     engine.start()
     torch.set_num_threads(1)
 
