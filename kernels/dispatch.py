@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from motet.kernels.cpu.library import DTYPES, Engine
+from motet.kernels.cpu.compiled import DTYPES, Engine
 from motet.kernels.errors import BackendUnavailableError
 from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan
 from motet.kernels.segments import Segments, TargetShape
@@ -20,7 +20,7 @@ from motet.kernels.sparse import SparseSegments
 
 Backend = Literal["reference", "cpu", "triton"]
 LowRankBackend = Backend | Literal["native"]
-"""The native backend has the low-rank product alone, and whole decoders (`motet.kernels.cpu.library`)."""
+"""The native backend has the low-rank product alone, and whole decoders (`motet.kernels.cpu.compiled`)."""
 
 
 def default_backend(device: torch.device) -> Backend:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from motet.kernels.cpu.library import Engine
+from motet.kernels.cpu.compiled import Engine
 from motet.kernels.errors import BackendUnavailableError
 from motet.server.config import OptionError, ServeConfig
 from motet.server.metrics import Metrics

@@ -26,7 +26,7 @@ from motet.adapters.registry import Registry
 from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
-from motet.kernels.cpu.library import Engine as NativeEngine
+from motet.kernels.cpu.compiled import Engine as NativeEngine
 from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
 from motet.server.api.keys import Keys

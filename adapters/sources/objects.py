@@ -122,5 +122,5 @@ def _told() -> Iterator[None]:
         raise
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise SourceNotFoundError("at the source there is nothing, or nothing for this server's credentials") from error
-    except Exception as error:
+    except Exception as error:  # each library has errors of its own, and its servers' beside them
         raise SourceUnavailableError(f"the source cannot be read ({type(error).__name__}); check it") from error

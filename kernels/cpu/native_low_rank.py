@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from motet.kernels.cpu.library import Effects, Engine, Linear, LowRank, address
+from motet.kernels.cpu.compiled import Effects, Engine, Linear, LowRank, address
 from motet.kernels.segments import Segments, TargetShape
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from motet.kernels.cpu.library import DTYPES, LANES, Engine, Linear, address
+from motet.kernels.cpu.compiled import DTYPES, LANES, Engine, Linear, address
 
 
 def can_pack(weight_OI: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from motet.adapters.addresses import Addresses, Int32
 from motet.adapters.base import Kind, Target
 from motet.adapters.residency import Residency
 from motet.adapters.version import Slot
-from motet.kernels.cpu.library import Engine
+from motet.kernels.cpu.compiled import Engine
 from motet.kernels.dispatch import Backend, low_rank_plan, sign_plan, sparse_plan
 from motet.kernels.epilogue import RowVectorPlan, RowVectors
 from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from motet.kernels.cpu.library import Engine
+from motet.kernels.cpu.compiled import Engine
 from motet.kernels.cpu.packed import PackedLinear, can_pack
 from motet.kernels.epilogue import RowVectorPlan
 from motet.kernels.ops import LowRankPlan, SignPlan, SparsePlan

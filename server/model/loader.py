@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar
 
 from motet.adapters.base import BaseModel
-from motet.kernels.cpu.library import Engine
+from motet.kernels.cpu.compiled import Engine
 from motet.server.engine.types import Span
 from motet.server.model.attention import AttentionBatch, KvCache, LayerShape, PagedAttention
 from motet.server.model.base import base_model, targets_of

@@ -18,7 +18,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
-from motet.kernels.cpu.library import Effects, Engine, Layer, Linear, LowRank, Model, RowVectors, Step, address
+from motet.kernels.cpu.compiled import Effects, Engine, Layer, Linear, LowRank, Model, RowVectors, Step, address
 from motet.kernels.cpu.native_low_rank import NativePlan
 from motet.kernels.epilogue import RowVectorPlan
 from motet.server.engine.types import Span

@@ -18,7 +18,7 @@ from motet.adapters.lease import Lease
 from motet.adapters.registry import Registry
 from motet.adapters.spec import NOTHING_DECLARED, Declared
 from motet.adapters.tiers import Tiers
-from motet.kernels.cpu.library import Processor
+from motet.kernels.cpu.compiled import Processor
 from motet.kernels.dispatch import Backend
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.engine import Engine

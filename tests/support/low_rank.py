@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from motet.kernels.cpu.library import Engine
+from motet.kernels.cpu.compiled import Engine
 from motet.kernels.dispatch import LowRankBackend, low_rank_plan
 from motet.kernels.segments import Gates, Segments, TargetShape
 from tests.support.native import native_engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from motet.kernels.cpu.library import Engine, Processor
+from motet.kernels.cpu.compiled import Engine, Processor
 
 
 @functools.cache

@@ -27,20 +27,24 @@ def prompts(seed: int, count: int) -> torch.Tensor:
     return torch.tensor([shape.build(seed, f"measured/{index}") for index in range(count)])
 
 
+def greedy(ids: torch.Tensor, tokens: int) -> dict[str, Any]:
+    """What `generate` is told for so many most likely tokens, ends of text included."""
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "pad_token_id": 0,
+    }
+
+
 @torch.inference_mode()
 def batch_s(model: Any, ids: torch.Tensor, tokens: int, adapters: list[str]) -> float:
     """Seconds of one batch whose rows take the adapters in turn; of the base where there are none."""
     mixed = {"adapter_names": [adapters[row % len(adapters)] for row in range(len(ids))]} if adapters else {}
     began_s = time.perf_counter()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        pad_token_id=0,
-        **mixed,
-    )
+    out = model.generate(**greedy(ids, tokens), **mixed)
     took_s = time.perf_counter() - began_s
     assert out.shape == (len(ids), ids.shape[1] + tokens), f"{tuple(out.shape)}"
     return took_s

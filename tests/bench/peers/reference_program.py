@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.bench.peers.peft_program import with_adapters
+from tests.bench.peers.peft_program import greedy, with_adapters
 
 _NEAR = 20
 
@@ -24,16 +24,7 @@ _NEAR = 20
 def answers(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int, gap: float) -> list[dict[str, Any]]:
     """Of prompts of one length: the tokens, and the texts of those within the gap of the best."""
     ids = torch.tensor(prompts)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    out = model.generate(**greedy(ids, tokens), return_dict_in_generate=True, output_logits=True)
     made = []
     for row, prompt in enumerate(prompts):
         instead = []

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from motet.kernels.cpu import library
-from motet.kernels.cpu.library import Engine, Processor, processors
+from motet.kernels.cpu import compiled
+from motet.kernels.cpu.compiled import Engine, Processor, processors
 from motet.kernels.cpu.packed import PackedLinear, can_pack, pack, packed_shape, unpack
 from motet.kernels.dispatch import low_rank_plan
 from motet.kernels.errors import BackendUnavailableError
@@ -146,17 +146,17 @@ def test_what_it_does_not_compute_is_refused(dtype: torch.dtype, what: str) -> N
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "library", lambda: None)
-    assert library.processors() == []
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert compiled.processors() == []
     with pytest.raises(BackendUnavailableError, match=r"was not compiled.* install a C\+\+20 compiler"):
         Engine(1)
 
 
 def test_a_backend_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Structs of another layout would be read as nonsense."""
-    monkeypatch.setattr(library, "_LAYOUT", library._LAYOUT + 8)
+    monkeypatch.setattr(compiled, "_LAYOUT", compiled._LAYOUT + 8)
     with pytest.raises(BackendUnavailableError, match="another version"):
-        library.library.__wrapped__()
+        compiled.library.__wrapped__()
 
 
 def test_a_plan_needs_an_engine() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from motet.kernels.cpu.library import Processor, processors
+from motet.kernels.cpu.compiled import Processor, processors
 from motet.server.model import loader
 from motet.server.model.division import Division
 from motet.server.model.native import NativeDecoder
