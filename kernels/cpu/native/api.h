@@ -1,4 +1,4 @@
-// The C ABI: what Python fills in and calls (motet/kernels/cpu/library.py mirrors every struct, field by field).
+// The C ABI: what Python fills in and calls (motet/kernels/cpu/compiled.py mirrors every struct, field by field).
 //
 // Must not know: adapters, requests, sampling. All fields are eight bytes wide, so that no compiler pads; pointers are
 // borrowed for the call. Widths are in elements, rows are rows of the batch, an arena address is a first unit.
