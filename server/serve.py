@@ -27,6 +27,7 @@ from motet.adapters.residency import Residency
 from motet.adapters.spec import Declared
 from motet.adapters.tiers import Tiers
 from motet.kernels.cpu.compiled import Engine as NativeEngine
+from motet.kernels.cpu.pages import in_large_pages
 from motet.server.api.app import RequestLimits, create_app
 from motet.server.api.classifying import Classifying
 from motet.server.api.keys import Keys
@@ -119,7 +120,9 @@ def new_residency(loaded: Loaded, budget_bytes: int) -> Residency:
     """An empty arena with its tables."""
     targets = loaded.base.targets
     widths = {width for target in targets.values() for width in (target.in_width, target.out_width)}
-    return Residency(targets, Arena(widths, budget_bytes, loaded.dtype, loaded.device))
+    arena = Arena(widths, budget_bytes, loaded.dtype, loaded.device)
+    in_large_pages(arena.units_NU)
+    return Residency(targets, arena)
 
 
 def new_registry(loaded: Loaded, budget_bytes: int) -> Registry:

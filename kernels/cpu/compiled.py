@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from motet.kernels.cpu.pages import LargePages
 from motet.kernels.errors import BackendUnavailableError
 
 LANES = 16
@@ -139,6 +140,9 @@ def processors() -> Sequence[Processor]:
 class Engine:
     """Threads and memory of the native backend.
 
+    Attributes:
+        pages: memory for weights.
+
     Note: may be called from any thread; one call runs at a time. Its threads spin for 50 µs after a call and sleep.
     """
 
@@ -158,6 +162,7 @@ class Engine:
                 "backend 'native' was not compiled when Motet was installed; install a C++20 compiler and Motet again"
             )
         self.processor = possible[-1] if processor is None else processor
+        self.pages = LargePages()
         self._functions = functions
         self._address = self._functions.motet_new(threads, self.processor.value)
         if self._address is None:

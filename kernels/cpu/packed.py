@@ -48,7 +48,7 @@ class PackedLinear:
 
     def __init__(self, engine: Engine, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         self._engine = engine
-        self._packed = pack(weight_OI)
+        self._packed = engine.pages.empty(packed_shape(weight_OI), weight_OI.dtype).copy_(pack(weight_OI.detach()))
         self._bias = None if bias_O is None else bias_O.detach().float().contiguous()
         self.out_width, self.in_width = weight_OI.shape
 

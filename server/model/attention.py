@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from motet.kernels.cpu.pages import in_large_pages
 from motet.server.engine.types import Span
 from motet.server.model.errors import UnsupportedModelError
 
@@ -44,11 +45,13 @@ class KvCache:
     ) -> None:
         self.block_size = block_size
         self.blocks = blocks
-        self.keys = {
-            i: torch.zeros(blocks + 1, block_size, s.heads, s.head_width, dtype=dtype, device=device)
-            for i, s in layers.items()
-        }
-        self.values = {i: torch.zeros_like(keys) for i, keys in self.keys.items()}
+
+        def empty(shape: LayerShape) -> torch.Tensor:
+            size = blocks + 1, block_size, shape.heads, shape.head_width
+            return in_large_pages(torch.empty(size, dtype=dtype, device=device)).zero_()
+
+        self.keys = {i: empty(shape) for i, shape in layers.items()}
+        self.values = {i: empty(shape) for i, shape in layers.items()}
 
     @staticmethod
     def block_bytes(layers: Mapping[int, LayerShape], block_size: int, dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from motet.adapters.arena import Arena
 from motet.adapters.base import BaseModel, Kind, Target
 from motet.adapters.residency import Residency
+from motet.kernels.cpu.pages import in_large_pages
 from motet.server.model.base import base_model, targets_of
 
 
@@ -50,7 +51,9 @@ def base_of_names(targets: Iterable[str], other_modules: Iterable[str] = ()) -> 
 def residency_of(base: BaseModel, budget_bytes: int = 1 << 20, dtype: torch.dtype = torch.float32) -> Residency:
     """An empty arena for the base."""
     widths = {width for target in base.targets.values() for width in (target.in_width, target.out_width)}
-    return Residency(base.targets, Arena(widths, budget_bytes, dtype, torch.device("cpu")))
+    arena = Arena(widths, budget_bytes, dtype, torch.device("cpu"))
+    in_large_pages(arena.units_NU)
+    return Residency(base.targets, arena)
 
 
 def one_target_base() -> BaseModel:

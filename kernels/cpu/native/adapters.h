@@ -127,34 +127,42 @@ class Adapters {
     }
   }
 
-  // out[row][r] = factor_r · A_r · x_row for ROWS rows and all rank rows, sixteen sums at a time.
+  // out[row][r] = factor_r · A_r · x_row for ROWS rows and all rank rows.
   template <int ROWS>
   static void dots(const Element *a, int64_t rank, int64_t width, const Element *x, const float *const *factors,
                    Element *out, int64_t out_stride) {
-    constexpr int RANKS = LANES / ROWS;
-    constexpr int64_t STEP = LANES * E::PER_UNIT;
-    for (int64_t r = 0; r < rank; r += RANKS, a += RANKS * width) {
-      f32v sum[LANES] = {};
-      for (int64_t i = 0; i < width; i += STEP) {
-        const int64_t n = least(LANES, (width - i) / E::PER_UNIT);
-        u32v input[ROWS];
-        for (int t = 0; t < ROWS; t++) input[t] = load<u32v>(x + t * width + i, n);
+    for (int64_t r = 0; r < rank;)
+      r += ROWS == 1 && rank - r <= 8 ? dots_of<ROWS, 8>(a, r, rank, width, x, factors, out, out_stride)
+                                      : dots_of<ROWS, LANES / ROWS>(a, r, rank, width, x, factors, out, out_stride);
+  }
+
+  // Up to RANKS rank rows from the first on, all sums at a time. Where fewer are left, the last is taken again.
+  template <int ROWS, int RANKS>
+  static int64_t dots_of(const Element *a, int64_t first, int64_t rank, int64_t width, const Element *x,
+                         const float *const *factors, Element *out, int64_t out_stride) {
+    const int64_t some = least(RANKS, rank - first), whole = ceil_div(some, E::PER_UNIT) * E::PER_UNIT;
+    const Element *rank_rows[RANKS];
+    for (int k = 0; k < RANKS; k++) rank_rows[k] = a + (first + least(k, some - 1)) * width;
+    f32v sum[LANES] = {};
+    each_vector<E>(width, [&](int64_t i, int64_t n) MOTET_ALWAYS {
+      u32v input[ROWS];
+#pragma GCC unroll 4
+      for (int t = 0; t < ROWS; t++) input[t] = load<u32v>(x + t * width + i, n);
 #pragma GCC unroll 16
-        for (int k = 0; k < RANKS; k++) {
-          if (k >= rank - r) break;
-          const u32v rank_row = load<u32v>(a + k * width + i, n);
-          for (int t = 0; t < ROWS; t++) sum[t * RANKS + k] = E::dot(sum[t * RANKS + k], input[t], rank_row);
-        }
+      for (int k = 0; k < RANKS; k++) {
+        const u32v rank_row = load<u32v>(rank_rows[k] + i, n);
+#pragma GCC unroll 4
+        for (int t = 0; t < ROWS; t++) sum[t * RANKS + k] = E::dot(sum[t * RANKS + k], input[t], rank_row);
       }
-      alignas(64) float values[LANES + LANES];
-      store(values, sums_of(sum));
-      const int64_t some = least(RANKS, rank - r), whole = ceil_div(some, E::PER_UNIT) * E::PER_UNIT;
-      for (int t = 0; t < ROWS; t++) {
-        f32v row_sums = load<f32v>(values + t * RANKS, some);
-        if (factors[t] != nullptr) row_sums *= load<f32v>(factors[t] + r, some);
-        E::write(out + t * out_stride + r, row_sums, whole);
-      }
+    });
+    alignas(64) float values[LANES + LANES];
+    store(values, sums_of(sum));
+    for (int t = 0; t < ROWS; t++) {
+      f32v row_sums = load<f32v>(values + t * RANKS, some);
+      if (factors[t] != nullptr) row_sums *= load<f32v>(factors[t] + first, some);
+      E::write(out + t * out_stride + first, row_sums, whole);
     }
+    return RANKS;
   }
 
   void expand(int64_t i, const Linear &linear, const Element *shrunk, int64_t row_stride, Tile &tile) const {

@@ -80,13 +80,14 @@ class Attention {
   void one_row(const Layer &layer, int64_t row, int64_t first, int64_t count, const Element *query, Element *out,
                float *scores, float *sums) const {
     const int64_t length = step_.positions[row] + 1, share = heads_ / kv_heads_;
-    each_run(layer.keys, row, first, length, [&](int64_t position, int64_t n, const Element *keys) {
+    each_run(layer.keys, row, first, count, length, [&](int64_t position, int64_t n, const Element *keys) {
       for (int64_t h = 0; h < count * share; h++)
         score(query + h * width_, keys + h / share * width_, n, scores + h * scores_stride_ + position);
     });
+    fetch(layer.values, row, first, count, 0, length);
     for (int64_t h = 0; h < count * share; h++) weigh(scores + h * scores_stride_, length);
     std::memset(sums, 0, static_cast<size_t>(count * share * width_) * sizeof(float));
-    each_run(layer.values, row, first, length, [&](int64_t position, int64_t n, const Element *values) {
+    each_run(layer.values, row, first, count, length, [&](int64_t position, int64_t n, const Element *values) {
       for (int64_t h = 0; h < count * share;) {
         const Element *own = values + h / share * width_;
         float *weights = scores + h * scores_stride_ + position, *sum = sums + h * width_;
@@ -96,7 +97,7 @@ class Attention {
       }
     });
     for (int64_t h = 0; h < count * share; h++)
-      each_unit([&](int64_t i, int64_t n) {
+      each_vector<E>(width_, [&](int64_t i, int64_t n) {
         f32v parts[E::PER_UNIT];
         for (int p = 0; p < E::PER_UNIT; p++) parts[p] = load<f32v>(sums + h * width_ + i + p * n, n);
         store(out + h * width_ + i, E::join(parts), n);
@@ -105,12 +106,21 @@ class Attention {
 
   // scores[i] = scale · query · key i, for n ≤ 16 neighbouring positions.
   void score(const Element *query, const Element *keys, int64_t n, float *scores) const {
+    n == LANES ? score_of<true>(query, keys, n, scores) : score_of<false>(query, keys, n, scores);
+  }
+
+  template <bool WHOLE>
+  void score_of(const Element *query, const Element *keys, int64_t n, float *scores) const {
+    const int64_t stride = kv_heads_ * width_;
     f32v sum[LANES] = {};
-    each_unit([&](int64_t at, int64_t some) {
+    each_vector<E>(width_, [&](int64_t at, int64_t some) MOTET_ALWAYS {
       const u32v q = load<u32v>(query + at, some);
+      const Element *key = keys + at;
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; i++)
-        if (i < n) sum[i] = E::dot(sum[i], q, load<u32v>(keys + i * kv_heads_ * width_ + at, some));
+      for (int64_t i = 0; i < LANES; i++) {
+        sum[i] = E::dot(sum[i], q, load<u32v>(key, some));
+        if (WHOLE || i + 1 < n) key += stride;  // beyond the last, the last again
+      }
     });
     store(scores, sums_of(sum) * scale_, n);
   }
@@ -119,7 +129,7 @@ class Attention {
   // them.
   template <int HEADS>
   int64_t gather(const float *weights, int64_t n, const Element *values, float *sums) const {
-    each_unit([&](int64_t at, int64_t some) {
+    each_vector<E>(width_, [&](int64_t at, int64_t some) MOTET_ALWAYS {
       f32v sum[HEADS][E::PER_UNIT];
       for (int h = 0; h < HEADS; h++)
         for (int p = 0; p < E::PER_UNIT; p++) sum[h][p] = load<f32v>(sums + h * width_ + at + p * some, some);
@@ -135,22 +145,30 @@ class Attention {
     return HEADS;
   }
 
-  // each(first element, units of four bytes) of a head's width.
-  template <class Each>
-  MOTET_INLINE void each_unit(Each each) const {
-    const int64_t units = width_ / E::PER_UNIT;
-    for (int64_t u = 0; u < units; u += LANES) each(u * E::PER_UNIT, least(LANES, units - u));
-  }
-
   // each(position, positions ≤ 16, their vectors from a head on) for all below `length` of the row's sequence.
   template <class Each>
-  MOTET_INLINE void each_run(void *cache, int64_t row, int64_t head, int64_t length, Each each) const {
+  MOTET_INLINE void each_run(void *cache, int64_t row, int64_t head, int64_t count, int64_t length, Each each) const {
     for (int64_t position = 0; position < length;) {
-      const int64_t in_block = step_.block_size - position % step_.block_size;
-      const int64_t n = least(least(LANES, in_block), length - position);
+      const int64_t n = run_length(position, length);
+      fetch(cache, row, head, count, position + n, length);
       each(position, n, at(cache, row, position) + head * width_);
       position += n;
     }
+  }
+
+  int64_t run_length(int64_t position, int64_t length) const {
+    return least(least(LANES, step_.block_size - position % step_.block_size), length - position);
+  }
+
+  // Asks for what a run from this position on reads, while there is other work.
+  MOTET_INLINE void fetch(void *cache, int64_t row, int64_t head, int64_t count, int64_t position,
+                          int64_t length) const {
+    // Rows of one prompt follow each other and read the same.
+    if (position >= length || (row + 1 < step_.rows && step_.sequence[row] == step_.sequence[row + 1])) return;
+    const Element *vectors = at(cache, row, position) + head * width_;
+    const int64_t n = run_length(position, length), bytes = count * width_ * static_cast<int64_t>(sizeof(Element));
+    for (int64_t i = 0; i < n; i++, vectors += kv_heads_ * width_)
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char *>(vectors) + byte);
   }
 
   // Softmax in place.

@@ -26,6 +26,9 @@ constexpr int TOGETHER = 1;
 // Units in one running sum. Sums of sums lose less than one long sum: rounding grows with the length of the chain.
 constexpr int64_t CHAIN = 96;
 
+// Units between the weights in use and those asked for: memory answers in about the time of so many.
+constexpr int64_t AHEAD = 32;
+
 template <class Function>
 MOTET_INLINE void parallel(Pool &pool, int64_t chunks, Function function) {
   pool.run(
@@ -41,7 +44,10 @@ MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, const uint32_t *pa
     for (int64_t u = first; u < stop; u++) {
       u32v weight[WIDE];
 #pragma GCC unroll 3
-      for (int w = 0; w < WIDE; w++) weight[w] = load<u32v>(packed + (w * units + u) * LANES);
+      for (int w = 0; w < WIDE; w++) {
+        weight[w] = load<u32v>(packed + (w * units + u) * LANES);
+        __builtin_prefetch(packed + (w * units + u + AHEAD) * LANES);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
         const u32v input = u32v{} + x[r * stride + u];

@@ -24,6 +24,8 @@ typedef uint16_t u16v __attribute__((vector_size(32)));
 MOTET_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MOTET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+#define MOTET_ALWAYS __attribute__((always_inline))
+
 MOTET_INLINE f32v broadcast(float x) { return f32v{} + x; }
 
 // The first n lanes; the others are zero.
@@ -94,9 +96,20 @@ struct Bfloat {
   // The second row may be the first again where its factor is zero.
   static MOTET_INLINE u32v side_by_side(const type *rows, int64_t stride, int64_t n) {
     const u16v first = load<u16v>(rows, n), second = load<u16v>(rows + stride, n);
-    return __builtin_convertvector(first, u32v) | __builtin_convertvector(second, u32v) << 16;
+    return reinterpret_cast<u32v>(__builtin_shufflevector(
+        first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+        29, 14, 30, 15, 31));
   }
 };
+
+// each(first element, units) for the vectors of units that `width` elements are; only the last may be part of one.
+template <class E, class Each>
+MOTET_INLINE void each_vector(int64_t width, Each each) {
+  const int64_t units = width / E::PER_UNIT;
+  int64_t u = 0;
+  for (; u + LANES <= units; u += LANES) each(u * E::PER_UNIT, LANES);
+  if (u < units) each(u * E::PER_UNIT, units - u);
+}
 
 MOTET_INLINE float sum_of(f32v x) {
   x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
