@@ -23,17 +23,12 @@ def can_pack(weight_OI: torch.Tensor) -> bool:
     )
 
 
-def packed_shape(weight_OI: torch.Tensor, elements: int) -> tuple[int, int, int, int]:
-    """[B, U, 16, E]."""
-    out_width, in_width = weight_OI.shape
-    return (-(-out_width // LANES), in_width // elements, LANES, elements)
-
-
 def pack(weight_OI: torch.Tensor, elements: int) -> torch.Tensor:
     """[B, U, 16, E] of the same dtype, E elements to a unit of the inputs."""
-    blocks, units, _, _ = packed_shape(weight_OI, elements)
-    whole_OI = torch.nn.functional.pad(weight_OI, (0, 0, 0, blocks * LANES - len(weight_OI)))
-    return whole_OI.view(blocks, LANES, units, elements).transpose(1, 2).contiguous()
+    out_width, in_width = weight_OI.shape
+    blocks = -(-out_width // LANES)
+    whole_OI = torch.nn.functional.pad(weight_OI, (0, 0, 0, blocks * LANES - out_width))
+    return whole_OI.view(blocks, LANES, in_width // elements, elements).transpose(1, 2).contiguous()
 
 
 def unpack(packed_BULE: torch.Tensor, out_width: int) -> torch.Tensor:

@@ -79,7 +79,7 @@ def _summary(config: ServeConfig, assembled: Any, names: list[str]) -> None:
     address = f"http://{config.host}:{config.port}"
     rows = (
         ("model", f"{loaded.name}  {len(loaded.base.targets)} targets, {loaded.parameter_bytes / 2**20:,.0f} MiB"),
-        ("dtype", str(loaded.dtype).removeprefix("torch.")),
+        ("dtype", assembled.steps.info.dtype + (", linears in int8" if config.base_weights == "int8" else "")),
         ("device", str(loaded.device)),
         assembled.steps.summary,
         ("adapters", ", ".join(names) or "none"),

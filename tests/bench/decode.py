@@ -1,7 +1,7 @@
-"""What a step of the default model takes on a CPU: the native backend against the modules in torch, in one run.
+"""What a step of the default model takes on a CPU: native, native with int8, and by the modules in torch, in one run.
 
 Every request of a decode step has the same number of positions behind it; a prompt is one request's, from its first
-token on. Both ways take turns, so that a busy machine is busy for both, and their logits are compared first. Run it
+token on. The ways take turns, so that a busy machine is busy for all, and torch's logits are compared first. Run it
 from the repository root, with both cores to itself if they can be had:
 
     python -m tests.bench.decode --out docs/results/decode-cpu.jsonl
@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -67,18 +67,23 @@ class StepCost:
     rows: int
     adapters: int
     native: Times
+    int8: Times
     torch: Times | None
     speedup: float | None
     deviation: float | None
 
 
 class Way:
-    """The model served in one of the two ways."""
+    """The model served in one way."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int, int8: bool = False) -> None:
+    def __init__(
+        self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int, int8: bool = False
+    ) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         blocks = 32 * (CONTEXT // BLOCK_SIZE + 1) + 512 // BLOCK_SIZE
-        self.harness = Harness(model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native, int8=int8)
+        self.harness = Harness(
+            model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native, int8=int8
+        )
         self._runner = ModelRunner(self.harness.loaded, self.harness.effects)  # which copies no logits
         self._threads = 1 if native else threads
         self._leases: list[Lease] = []
@@ -127,22 +132,22 @@ class Way:
         return torch.stack([self.harness.runner.recorded[span.generation][0] for span in plan.spans])
 
 
-def measure(ways: Sequence[Way], kind: str, rows: int, adapters: int, rounds: int) -> StepCost:
-    """The first way is the native one; the second, where it is there, torch's."""
-    plans = [way.plan(kind, rows, adapters) for way in ways]
-    logits = [way.logits(plan) for way, plan in zip(ways, plans, strict=True)]
-    taken: list[list[float]] = [[] for _ in ways]
+def measure(ways: Mapping[str, Way], kind: str, rows: int, adapters: int, rounds: int) -> StepCost:
+    """Of the ways "native" and "int8", and "torch" where it is there."""
+    plans = {name: way.plan(kind, rows, adapters) for name, way in ways.items()}
+    logits = {name: way.logits(plans[name]) for name, way in ways.items()}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for round_number in range(rounds + 1):
-        for way, plan, times_ms in zip(ways, plans, taken, strict=True):
-            latest = way.time(plan, TURN_S)
-            times_ms += latest if round_number else []
-    native, *others = [Times(round(median(one), 3), round(min(one), 3), len(one)) for one in taken]
-    if not others:
-        return StepCost(kind, rows, adapters, native, None, None, None)
-    deviation = float((logits[0] - logits[1]).square().mean().sqrt() / logits[1].std())
-    return StepCost(
-        kind, rows, adapters, native, others[0], round(others[0].median_ms / native.median_ms, 2), round(deviation, 4)
-    )
+        for name, way in ways.items():
+            latest = way.time(plans[name], TURN_S)
+            taken[name] += latest if round_number else []
+    times = {name: Times(round(median(one), 3), round(min(one), 3), len(one)) for name, one in taken.items()}
+    native, int8, torch_ = times["native"], times["int8"], times.get("torch")
+    if torch_ is None:
+        return StepCost(kind, rows, adapters, native, int8, None, None, None)
+    deviation = float((logits["native"] - logits["torch"]).square().mean().sqrt() / logits["torch"].std())
+    speedup = round(torch_.median_ms / native.median_ms, 2)
+    return StepCost(kind, rows, adapters, native, int8, torch_, speedup, round(deviation, 4))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,15 +162,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load_before, meter = os.getloadavg(), CpuMeter(os.getpid())
     with tempfile.TemporaryDirectory() as scratch:
         paths = make_adapters(str(folder), Path(scratch), max(ADAPTERS), RANKS)
-        kinds = (True,) if options.native_only else (True, False)
-        ways = [Way(folder, paths, native=native, threads=options.threads) for native in kinds]
+        ways = {
+            "native": Way(folder, paths, native=True, threads=options.threads),
+            "int8": Way(folder, paths, native=True, threads=options.threads, int8=True),
+        }
+        if not options.native_only:
+            ways["torch"] = Way(folder, paths, native=False, threads=options.threads)
         cases = [("decode", rows, adapters) for rows in BATCHES for adapters in ADAPTERS if adapters <= rows]
         cases += [("prefill", rows, adapters) for rows in PROMPTS for adapters in (0, 1)]
         costs = []
         for case in cases:
             costs.append(measure(ways, *case, options.rounds))
             print(*asdict(costs[-1]).values(), flush=True)
-    assert ways[0].harness.runner.rows.keys() == {"native"}
+    assert all(ways[name].harness.runner.rows.keys() == {"native"} for name in ("native", "int8"))
     line = {
         "label": options.label,
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),

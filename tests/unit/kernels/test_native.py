@@ -13,7 +13,7 @@ import torch
 
 from motet.kernels.cpu import compiled
 from motet.kernels.cpu.compiled import Engine, Processor, processors
-from motet.kernels.cpu.packed import PackedLinear, can_pack, pack, packed_shape, unpack
+from motet.kernels.cpu.packed import PackedLinear, can_pack, pack, unpack
 from motet.kernels.dispatch import low_rank_plan
 from motet.kernels.errors import BackendUnavailableError
 from tests.support.low_rank import Run, make_case
@@ -112,8 +112,9 @@ def test_nan_and_infinity_stay_in_their_row(processor: Processor) -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_a_packed_weight_is_the_weight(dtype: torch.dtype) -> None:
     weight_OI = torch.randn(49, 12).to(dtype)
-    packed = pack(weight_OI)
-    assert packed.shape == packed_shape(weight_OI)
+    elements = 4 // dtype.itemsize
+    packed = pack(weight_OI, elements)
+    assert packed.shape == (4, 12 // elements, 16, elements)
     assert torch.equal(unpack(packed, 49), weight_OI)
 
 

@@ -63,6 +63,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "dtype": ("float32", "float32"),
     "device": ("cpu", "cpu"),
     "native": ("off", "off"),
+    "base_weights": ("int8", "int8"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("81", 81),
     "adapter": ("a=b", ("a=b",)),

@@ -58,6 +58,7 @@ def test_the_base_as_adapters_see_it(adapter: Path) -> None:
             "name": "base",
             "fingerprint": "0" * 64,
             "dtype": "float32",
+            "weights": "exact",
             "targets": ["q_proj"],
             "other_modules": [],
             "embedding": None,
