@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from motet.adapters.lease import Lease
-from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Sampling, Span
-from motet.server.model.runner import ModelRunner
+from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Runner, Sampling, Span
 
 CONTEXT, BLOCK_SIZE = 160, 16
 TURN_S = 0.25
@@ -51,13 +50,13 @@ def decode_plan(leases: Sequence[Lease | None]) -> Plan:
     return Plan(tuple(span(index, lease, 1, CONTEXT - 1) for index, lease in enumerate(leases)))
 
 
-def fill_contexts(runner: ModelRunner, requests: int) -> None:
+def fill_contexts(runner: Runner, requests: int) -> None:
     """Compute what is behind the requests: over an empty context, bfloat16 alone changes the logits."""
     for index in range(requests):
         runner.run(Plan((span(index, None, CONTEXT - 1, 0),)))
 
 
-def time_steps(runner: ModelRunner, plans: Sequence[Plan], limit_s: float) -> list[float]:
+def time_steps(runner: Runner, plans: Sequence[Plan], limit_s: float) -> list[float]:
     """Milliseconds of steps, the plans in turn, for about this time and at least once."""
     times_ms: list[float] = []
     turns = itertools.cycle(plans)
