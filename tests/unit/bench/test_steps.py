@@ -21,7 +21,7 @@ def test_plans_take_turns_until_the_time_is_over_and_run_once_at_least() -> None
     plans = [decode_plan([None] * rows) for rows in (1, 2, 3)]
     runner = Kept()
     assert len(time_steps(runner, plans, 0)) == 1
-    times_ms = time_steps(runner, plans, 0.002)
+    times_ms = time_steps(runner, plans, 0.02)
     assert len(runner.plans) == 1 + len(times_ms) > 4
     assert all(plan is plans[index % 3] for index, plan in enumerate(runner.plans[1:]))
 
