@@ -73,6 +73,7 @@ def text_steps(config: ServeConfig, loaded: LoadedModel, residency: Residency, k
         max_length=min(loaded.max_length, blocks * config.block_size),
         vocabulary=loaded.vocabulary,
         end_tokens=loaded.end_tokens,
+        weights=config.base_weights,
     )
     rows = config.max_batch_rows or DEFAULT_ROWS[kind]
     runner = ModelRunner(loaded, effects)

@@ -35,6 +35,9 @@ class ServeConfig:
     dtype: str = _option("auto", "Type of weights, adapters and cache.", ("auto", "bfloat16", "float16", "float32"))
     device: str = _option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     native: str = _option("auto", "Whether the compiled CPU backend computes.", ("auto", "on", "off"))
+    base_weights: str = _option(
+        "exact", "The base's linears as they are, or rounded to int8: faster on a CPU.", ("exact", "int8")
+    )
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(8000, "Port to listen on.")
     adapter: tuple[str, ...] = _option(

@@ -101,14 +101,24 @@ def choose_device(asked: str) -> torch.device:
 
 
 def load_base(config: ServeConfig, report: Report, engine: NativeEngine | None = None) -> Loaded:
-    """The base model the options name, or the default one; without an engine torch computes all."""
+    """The base model the options name, or the default one; without an engine torch computes all.
+
+    Raises:
+        OptionError: weights in int8 are asked for, and nothing here multiplies with them.
+    """
     device = choose_device(config.device)
     path = base_path(config.model)
     name = config.name or (DEFAULT_MODEL_NAME if config.model is None else Path(path).name)
     report(f"loading {name}")
+    int8 = config.base_weights == "int8"
+    if int8 and (engine is None or is_vision(path)):
+        raise OptionError(
+            "--base-weights int8: only the compiled CPU backend multiplies with them, and only for language models; "
+            "leave it out"
+        )
     if is_vision(path):
         return load_vision(path, name, config.dtype, device)
-    return load(path, name, config.dtype, device, engine)
+    return load(path, name, config.dtype, device, engine, int8=int8)
 
 
 def base_path(model: str | None) -> str:

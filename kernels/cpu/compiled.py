@@ -35,7 +35,10 @@ class Processor(enum.IntEnum):
 
 
 class Linear(Structure):
-    _fields_ = (("packed", c_void_p), ("bias", c_void_p), ("in_", c_int64), ("out", c_int64), ("target", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("packed", "scale", "bias")),
+        *((name, c_int64) for name in ("in_", "out", "target")),
+    )
 
 
 class Layer(Structure):

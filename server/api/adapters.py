@@ -46,6 +46,7 @@ def router(service: Service) -> APIRouter:
             "name": model.name,
             "fingerprint": model.fingerprint,
             "dtype": service.base.dtype,
+            "weights": service.base.weights,
             "targets": list(model.targets),
             "other_modules": sorted(model.other_modules),
             "embedding": None if (embedding := model.of_kind(Kind.EMBEDDING)) is None else embedding.name,

@@ -18,6 +18,7 @@ class BaseInfo:
     Attributes:
         max_length: prompt and generated tokens together.
         created_s: Unix time the server loaded it.
+        weights: "exact" or "int8", as the base's linears multiply with them.
         modality: of what it takes; an image stands at one position.
         labels: of its classes, where it is a classifier.
     """
@@ -30,5 +31,6 @@ class BaseInfo:
     dtype: str
     device: str
     created_s: int
+    weights: str = "exact"
     modality: Modality = "text"
     labels: tuple[str, ...] = ()

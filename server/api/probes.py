@@ -38,7 +38,7 @@ def router(service: Service) -> APIRouter:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         base = service.base
         own = {"version": importlib.metadata.version("motet"), "base": base.name}
-        return {**own, "dtype": base.dtype, "device": base.device, **versions}
+        return {**own, "dtype": base.dtype, "weights": base.weights, "device": base.device, **versions}
 
     @routes.get("/metrics")
     async def metrics() -> Response:

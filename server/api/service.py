@@ -222,7 +222,8 @@ class Service:
 
     def fingerprint(self, applied: Sequence[Applied]) -> str:
         """`system_fingerprint`: base weights, and the adapters' content; gates are no part of it."""
-        return "_".join([f"fp_{self.base.fingerprint[:12]}", *(one.lease.version.digest[:12] for one in applied)])
+        base = [f"fp_{self.base.fingerprint[:12]}", *([] if self.base.weights == "exact" else [self.base.weights])]
+        return "_".join([*base, *(one.lease.version.digest[:12] for one in applied)])
 
     def require_open(self) -> None:
         """Refuse new work while starting, draining or overloaded."""

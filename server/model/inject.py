@@ -151,6 +151,8 @@ def inject(
     head_step: ActiveStep,
     left_out: Collection[str] = (),
     engine: Engine | None = None,
+    *,
+    keep_weights: bool = False,
 ) -> dict[str, AdaptedLinear]:
     """Replace every linear of the model.
 
@@ -159,6 +161,7 @@ def inject(
         left_out: paths of linears that stay as they are.
         engine: of the native backend, which then computes the products and keeps the weights that are not shared with
             another module in its own order only; None leaves them to torch.
+        keep_weights: keep those in the order of torch too.
 
     Returns:
         Module path → its replacement, in the order of `named_modules`, the head last where it is a linear. The position
@@ -177,7 +180,7 @@ def inject(
             adapted[name] = AdaptedHead(linear, 0, name, head_step, packed)
         else:
             adapted[name] = AdaptedLinear(linear, index, name, step, packed)
-        if packed is not None and uses[id(linear.weight)] == 1:
+        if packed is not None and uses[id(linear.weight)] == 1 and not keep_weights:
             adapted[name].keep_packed_only()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted[name])

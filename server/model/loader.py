@@ -50,6 +50,7 @@ class LoadedModel:
         engine: of the native backend; None where there is none.
         step, head_step: where the linears, and the output head, find the step that runs.
         embedding_path, head_path: of the modules.
+        int8: whether the linears multiply with weights rounded to int8.
         max_length: positions it was trained for.
         end_tokens: tokens that end a generation unless ignored.
         vocabulary: number of logits.
@@ -72,6 +73,7 @@ class LoadedModel:
     layers: Mapping[int, LayerShape]
     dtype: torch.dtype
     device: torch.device
+    int8: bool
     max_length: int
     end_tokens: frozenset[int]
     vocabulary: int
@@ -100,7 +102,9 @@ def choose_dtype(asked: str, device: torch.device, config: Any) -> torch.dtype:
     return torch.bfloat16 if own != torch.float32 and native else torch.float32
 
 
-def load(path: str, name: str, dtype: str, device: torch.device, engine: Engine | None = None) -> LoadedModel:
+def load(
+    path: str, name: str, dtype: str, device: torch.device, engine: Engine | None = None, *, int8: bool = False
+) -> LoadedModel:
     """Load a causal language model that transformers knows.
 
     Args:
@@ -108,6 +112,7 @@ def load(path: str, name: str, dtype: str, device: torch.device, engine: Engine 
         name: what requests call it.
         dtype: "auto" or a torch dtype's name.
         engine: of the native backend, for what it computes; None leaves all to torch.
+        int8: see `prepare`.
 
     Raises:
         ModelNotFoundError: there is no such model.
@@ -121,14 +126,18 @@ def load(path: str, name: str, dtype: str, device: torch.device, engine: Engine 
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=resolved, attn_implementation="eager")
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"model {name!r} cannot be loaded as a causal language model: {error}") from error
-    return prepare(model.to(device).eval(), tokenizer, name, engine)
+    return prepare(model.to(device).eval(), tokenizer, name, engine, int8=int8)
 
 
-def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, engine: Engine | None = None) -> LoadedModel:
+def prepare(
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, engine: Engine | None = None, *, int8: bool = False
+) -> LoadedModel:
     """Make a loaded transformers model ready to serve.
 
     Args:
         engine: see `load`.
+        int8: multiply with the weights rounded to int8, once all was checked with the exact ones. Those stay in
+            memory: adapters are lowered against them, as they were trained.
 
     Raises:
         UnsupportedModelError: its paged forward does not agree with its own.
@@ -145,7 +154,7 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, engine: E
         head_path = _path(model, model.get_output_embeddings())
         embedding = model.get_input_embeddings()
         embedding_path = _path(model, embedding)
-        adapted = inject(model, step, head_path, head_step, engine=engine)
+        adapted = inject(model, step, head_path, head_step, engine=engine, keep_weights=int8)
         unchanged = {
             path: module
             for path, module in model.named_modules()
@@ -177,13 +186,19 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, engine: E
         looked_up = (embedding_path, embedding) if is_served(embedding) else None
         targets = targets_of(adapted, looked_up, head_path)
         end_tokens = _end_tokens(model, tokenizer)
-        packed = {f"{path}.weight": one.packed.unpacked for path, one in adapted.items() if one.packed is not None}
+        packed = {path: one.packed for path, one in adapted.items() if one.packed is not None}
+        kept_elsewhere = {} if int8 else {f"{path}.weight": one.unpacked for path, one in packed.items()}
+        if int8:
+            assert engine is not None, "int8 weights are the native backend's"
+            for path, one in packed.items():
+                one.quantise(adapted[path].weight)
+            native = None if native is None else native_decoder(engine, model)
         tokenizers = tokenizers_of(tokenizer, end_tokens) if hasattr(tokenizer, "get_vocab") else None
         return LoadedModel(
             name=name,
             model=model,
             tokenizer=tokenizer,
-            base=base_model(name, digest, model, targets, {*dims, embedding_path}, tokenizers, packed),
+            base=base_model(name, digest, model, targets, {*dims, embedding_path}, tokenizers, kept_elsewhere),
             attention=attention,
             native=native,
             engine=engine,
@@ -197,6 +212,7 @@ def prepare(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, engine: E
             layers=check.layers,
             dtype=model.dtype,
             device=model.device,
+            int8=int8,
             max_length=int(config.max_position_embeddings),
             end_tokens=end_tokens,
             vocabulary=int(config.vocab_size),

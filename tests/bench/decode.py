@@ -61,10 +61,10 @@ class StepCost:
 class Way:
     """The model served in one of the two ways."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int) -> None:
+    def __init__(self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int, int8: bool = False) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         blocks = 32 * (CONTEXT // BLOCK_SIZE + 1) + 512 // BLOCK_SIZE
-        self.harness = Harness(model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native)
+        self.harness = Harness(model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native, int8=int8)
         self._runner = ModelRunner(self.harness.loaded, self.harness.effects)  # which copies no logits
         self._threads = 1 if native else threads
         self._leases: list[Lease] = []

@@ -75,9 +75,10 @@ class Harness:
         threads: int = 2,
         host_bytes: int = HOST_BYTES,
         cache: LoweredCache | None = None,
+        int8: bool = False,
     ) -> None:
         engine = native_engine(processor, threads) if native and backend == "cpu" else None
-        self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base", engine)
+        self.loaded = prepare(model, tokenizer or _NoTokenizer(), "base", engine, int8=int8)
         self.loaded.allocate_cache(blocks, block_size)
         residency, base = new_residency(self.loaded, arena_bytes), self.loaded.base
         tiers = Tiers(residency, HostTier(host_bytes), cache, base.fingerprint)

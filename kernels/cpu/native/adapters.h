@@ -85,6 +85,9 @@ class Adapters {
           const Element *piece = operand(one.b_first[at]) + r * linear.out + output;
           __builtin_prefetch(piece);
           __builtin_prefetch(piece + outputs - 1);
+          // Of the chunk that this thread is likely to take next, where two share them.
+          __builtin_prefetch(piece + 2 * outputs);
+          __builtin_prefetch(piece + 3 * outputs - 1);
         }
       });
     }

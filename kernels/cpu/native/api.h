@@ -4,7 +4,8 @@
 // borrowed for the call. Widths are in elements, rows are rows of the batch, an arena address is a first unit.
 //
 // Packed weights: blocks of 16 outputs; in a block, for each four bytes of an input row (two bfloat16 or one float32),
-// the four bytes of each of the 16 outputs. Outputs beyond the last are zero.
+// the four bytes of each of the 16 outputs. Outputs beyond the last are zero. Weights in int8 lie in the same order, a
+// byte for each element, and are multiplied by their output's scale.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +13,8 @@ namespace motet {
 
 struct Linear {
   const uint32_t *packed;
-  const float *bias;  // [out] or null
+  const float *scale;  // [out] of weights in int8, else null
+  const float *bias;   // [out] or null
   int64_t in, out;
   int64_t target;  // row of the effects' tables
 };

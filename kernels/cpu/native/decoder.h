@@ -9,7 +9,7 @@
 namespace motet {
 namespace {
 
-constexpr auto nothing = [](int64_t, int64_t, int64_t, int64_t, int64_t) {};
+constexpr auto nothing = [](int64_t, int64_t, int64_t, int64_t, int64_t, int) { return 0; };
 
 // x · rsqrt(mean(x²) + eps) ⊙ weight
 template <class E>
@@ -65,7 +65,7 @@ class Decoder {
     if (step_.logits == nullptr) return;
     const Linear *const head[] = {&model_.head};
     columns<E>(engine_, head, step_.n_kept, normed, nothing,
-               [&](int64_t, const Tile &tile) { write_tile<Float>(step_.logits, model_.head.out, tile); });
+               [&](int64_t, const Tile &tile, int) { write_tile<Float>(step_.logits, model_.head.out, tile); });
   }
 
  private:
@@ -88,20 +88,30 @@ class Decoder {
 
   void feed_forward(const Layer &layer) {
     norm_all(layer.ffn_norm);
-    const Linear *const read[] = {&layer.gate, &layer.up}, *const gate[] = {&layer.gate};
+    const Linear *const read[] = {&layer.gate, &layer.up}, *const gate[] = {&layer.gate}, *const up[] = {&layer.up};
     const auto shrunk = shrink_all<E>(engine_, adapters_, read, rows_, normed_);
+    const Weights<E> weights(engine_, Use::WidenedBeside, up);
     const int64_t width = layer.gate.out;
-    apply(gate, normed_, shrunk, [&](int64_t, const Tile &gate_tile) {
-      Tile tile = gate_tile;
-      adapters_.fetch(layer.up, tile.row, tile.row + tile.rows, tile.output, tile.outputs);
-      product<E>(layer.up, normed_, tile);
-      adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, tile);
-      for (int64_t r = 0; r < tile.rows; r++)
-        for (int64_t i = 0; i < tile.outputs; i += LANES) {
-          const f32v x = load<f32v>(gate_tile.at(r, i)), y = load<f32v>(tile.at(r, i));
-          E::write(activated_ + (tile.row + r) * width + tile.output + i, x / (1.f + exp_of(-x)) * y, tile.outputs - i);
-        }
-    });
+    columns<E>(
+        engine_, gate, rows_, normed_,
+        [&](int64_t, int64_t start, int64_t stop, int64_t output, int64_t outputs, int thread) {
+          for (const Linear *linear : read) adapters_.fetch(*linear, start, stop, output, outputs);
+          return weights.of(layer.up, output, outputs, stop - start, thread);
+        },
+        [&](int64_t, Tile &gate_tile, const Group &up_weights) {
+          adapters_.finish(layer.gate, shrunk.of(0), shrunk.stride, gate_tile);
+          Tile tile;
+          tile.row = gate_tile.row, tile.rows = gate_tile.rows;
+          tile.output = gate_tile.output, tile.outputs = gate_tile.outputs;
+          product<E>(layer.up, up_weights, normed_, tile);
+          adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, tile);
+          for (int64_t r = 0; r < tile.rows; r++)
+            for (int64_t i = 0; i < tile.outputs; i += LANES) {
+              const f32v x = load<f32v>(gate_tile.at(r, i)), y = load<f32v>(tile.at(r, i));
+              E::write(activated_ + (tile.row + r) * width + tile.output + i, x / (1.f + exp_of(-x)) * y,
+                       tile.outputs - i);
+            }
+        });
     add_to_hidden(layer.down, activated_);
   }
 
@@ -110,10 +120,11 @@ class Decoder {
   void apply(const Linear *const (&linears)[N], const Element *x, const Shrunk<E> &shrunk, Each each) {
     columns<E>(
         engine_, linears, rows_, x,
-        [&](int64_t i, int64_t start, int64_t stop, int64_t output, int64_t outputs) {
+        [&](int64_t i, int64_t start, int64_t stop, int64_t output, int64_t outputs, int) {
           adapters_.fetch(*linears[i], start, stop, output, outputs);
+          return 0;
         },
-        [&](int64_t i, Tile &tile) {
+        [&](int64_t i, Tile &tile, int) {
           adapters_.finish(*linears[i], shrunk.of(i), shrunk.stride, tile);
           each(i, tile);
         });
@@ -162,7 +173,7 @@ void linear(Engine &engine, const Linear &linear, int64_t rows, const void *x, v
   const Adapters<E> nobody(engine, nullptr, rows);
   const Linear *const linears[] = {&linear};
   columns<E>(engine, linears, rows, static_cast<const typename E::type *>(x), nothing,
-             [&](int64_t, Tile &tile) {
+             [&](int64_t, Tile &tile, int) {
                nobody.finish(linear, nullptr, 0, tile);
                write_tile<E>(static_cast<typename E::type *>(y), linear.out, tile);
              });

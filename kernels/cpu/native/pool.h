@@ -50,7 +50,7 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-enum class Use { Hidden, Normed, Projected, Query, Attended, Activated, Shrunk, Segments, Scores, Sums, Count };
+enum class Use { Hidden, Normed, Projected, Query, Attended, Activated, Shrunk, Segments, Scores, Sums, Widened, WidenedBeside, Count };
 
 // One caller at a time; `lock` is for those who cannot know.
 struct Engine {

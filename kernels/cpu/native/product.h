@@ -36,8 +36,24 @@ MOTET_INLINE void parallel(Pool &pool, int64_t chunks, Function function) {
       &function);
 }
 
-template <class E, int ROWS, int WIDE>
-MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, const uint32_t *packed, int64_t units, float *tile) {
+// Packed weights as they are, and in int8.
+struct Wide {
+  const uint32_t *from;
+  MOTET_INLINE u32v at(int64_t i) const { return load<u32v>(from + i); }
+  MOTET_INLINE void fetch(int64_t i) const { __builtin_prefetch(from + i); }
+  MOTET_INLINE Wide after(int64_t i) const { return {from + i}; }
+};
+
+template <class E>
+struct Narrow {
+  const int8_t *from;
+  MOTET_INLINE u32v at(int64_t i) const { return E::widen(from + i * E::PER_UNIT); }
+  MOTET_INLINE void fetch(int64_t i) const { __builtin_prefetch(from + (i + AHEAD * LANES) * E::PER_UNIT); }
+  MOTET_INLINE Narrow after(int64_t i) const { return {from + i * E::PER_UNIT}; }
+};
+
+template <class E, int ROWS, int WIDE, class Source>
+MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, Source packed, int64_t units, float *tile) {
   for (int64_t first = 0; first < units; first += CHAIN) {
     const int64_t stop = least(units, first + CHAIN);
     f32v sum[ROWS][WIDE] = {};
@@ -45,8 +61,8 @@ MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, const uint32_t *pa
       u32v weight[WIDE];
 #pragma GCC unroll 3
       for (int w = 0; w < WIDE; w++) {
-        weight[w] = load<u32v>(packed + (w * units + u) * LANES);
-        __builtin_prefetch(packed + (w * units + u + AHEAD) * LANES);
+        weight[w] = packed.at((w * units + u) * LANES);
+        packed.fetch((w * units + u + AHEAD) * LANES);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
@@ -65,9 +81,8 @@ MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, const uint32_t *pa
   }
 }
 
-template <class E, int WIDE>
-void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, const uint32_t *packed, int64_t units,
-                   float *tile) {
+template <class E, int WIDE, class Source>
+void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, Source packed, int64_t units, float *tile) {
   switch (rows) {
     case 1: return multiply<E, 1, WIDE>(x, stride, packed, units, tile);
     case 2: return multiply<E, 2, WIDE>(x, stride, packed, units, tile);
@@ -92,45 +107,97 @@ struct Tile {
   MOTET_INLINE const float *at(int64_t r, int64_t i) const { return sums + r * GROUP + i; }
 };
 
-// Fills the tile in; x are the inputs of all rows.
+// Weights of a group of outputs as products read them: the wide ones, or where there are none those in int8.
+struct Group {
+  const uint32_t *wide;
+  const int8_t *narrow;
+};
+
+// Where products find weights. Those in int8 are widened once for many rows, and as they are read for few.
 template <class E>
-void product(const Linear &linear, const typename E::type *x, Tile &tile) {
-  const int64_t units = linear.in / E::PER_UNIT;
-  const int64_t first = tile.output / LANES, blocks = ceil_div(tile.outputs, LANES);
+class Weights {
+ public:
+  // Room for every thread to widen one group of any of the linears.
+  template <int N>
+  Weights(Engine &engine, Use use, const Linear *const (&linears)[N]) {
+    for (const Linear *linear : linears)
+      if (linear->scale != nullptr && linear->in / E::PER_UNIT * GROUP > room_) room_ = linear->in / E::PER_UNIT * GROUP;
+    if (room_ > 0) widened_ = engine.buffer<uint32_t>(use, engine.pool.threads() * room_);
+  }
+
+  // Of the group that begins with an output, until the thread asks for another.
+  Group of(const Linear &linear, int64_t output, int64_t outputs, int64_t rows, int thread) const {
+    const int64_t units = linear.in / E::PER_UNIT, first = output / LANES * units * LANES;
+    if (linear.scale == nullptr) return {linear.packed + first, nullptr};
+    const void *packed = linear.packed;
+    const Narrow<E> narrow{static_cast<const int8_t *>(packed) + first * E::PER_UNIT};
+    if (rows <= TILE) return {nullptr, narrow.from};
+    uint32_t *wide = widened_ + thread * room_;
+    for (int64_t i = 0; i < ceil_div(outputs, LANES) * units * LANES; i += LANES) {
+      narrow.fetch(i + 3 * AHEAD * LANES);
+      store(wide + i, narrow.at(i));
+    }
+    return {wide, nullptr};
+  }
+
+ private:
+  int64_t room_ = 0;
+  uint32_t *widened_ = nullptr;
+};
+
+template <class E, class Source>
+void product_of(const Linear &linear, Source weights, const typename E::type *x, Tile &tile) {
+  const int64_t units = linear.in / E::PER_UNIT, blocks = ceil_div(tile.outputs, LANES);
   const void *inputs_at = x + tile.row * linear.in;
   const uint32_t *inputs = static_cast<const uint32_t *>(inputs_at);
   int64_t block = 0;
   for (; block + TOGETHER <= blocks; block += TOGETHER)
-    multiply_rows<E, TOGETHER>(tile.rows, inputs, units, linear.packed + (first + block) * units * LANES, units,
+    multiply_rows<E, TOGETHER>(tile.rows, inputs, units, weights.after(block * units * LANES), units,
                                tile.at(0, block * LANES));
   for (; block < blocks; block++)
-    multiply_rows<E, 1>(tile.rows, inputs, units, linear.packed + (first + block) * units * LANES, units,
+    multiply_rows<E, 1>(tile.rows, inputs, units, weights.after(block * units * LANES), units,
                         tile.at(0, block * LANES));
 }
 
-// Calls each(linear, tile) for all that linears of one input give, in parallel, and before that, once a chunk,
-// ahead(linear, first row, one past the last, first output, outputs).
+// Fills the tile in; x are the inputs of all rows, weights those of the tile's outputs.
+template <class E>
+void product(const Linear &linear, const Group &weights, const typename E::type *x, Tile &tile) {
+  if (weights.wide != nullptr)
+    product_of<E>(linear, Wide{weights.wide}, x, tile);
+  else
+    product_of<E>(linear, Narrow<E>{weights.narrow}, x, tile);
+  if (linear.scale == nullptr) return;
+  for (int64_t i = 0; i < tile.outputs; i += LANES) {
+    const f32v scale = load<f32v>(linear.scale + tile.output + i, tile.outputs - i);
+    for (int64_t r = 0; r < tile.rows; r++) store(tile.at(r, i), load<f32v>(tile.at(r, i)) * scale);
+  }
+}
+
+// Calls each(linear, tile, what) for all that linears of one input give, in parallel. `what` is what
+// ahead(linear, first row, one past the last, first output, outputs, thread) gave, which is called before, once a chunk.
 template <class E, int N, class Ahead, class Each>
 void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, const typename E::type *x, Ahead ahead,
              Each each) {
   if (rows == 0) return;
+  const Weights<E> weights(engine, Use::Widened, linears);
   int64_t groups = 0;
   for (const Linear *linear : linears) groups += ceil_div(linear->out, GROUP);
   // Few rows are one chunk, so that each weight is read once; many are cut, so that there is work for all threads.
   const int64_t most = rows <= 64 ? rows : least(256, ceil_div(ceil_div(rows, engine.pool.threads()), TILE) * TILE);
   const int64_t cuts = ceil_div(rows, most);
-  parallel(engine.pool, groups * cuts, [&](int64_t chunk, int) {
+  parallel(engine.pool, groups * cuts, [&](int64_t chunk, int thread) {
     int64_t group = chunk / cuts, one = 0;
     while (group >= ceil_div(linears[one]->out, GROUP)) group -= ceil_div(linears[one++]->out, GROUP);
     const Linear &linear = *linears[one];
     const int64_t output = group * GROUP, outputs = least(GROUP, linear.out - output);
     const int64_t start = chunk % cuts * most, stop = least(rows, start + most);
-    ahead(one, start, stop, output, outputs);
+    const auto what = ahead(one, start, stop, output, outputs, thread);
+    const Group own = weights.of(linear, output, outputs, stop - start, thread);
     for (int64_t row = start; row < stop; row += TILE) {
       Tile tile;
       tile.row = row, tile.rows = least(TILE, stop - row), tile.output = output, tile.outputs = outputs;
-      product<E>(linear, x, tile);
-      each(one, tile);
+      product<E>(linear, own, x, tile);
+      each(one, tile, what);
     }
   });
 }

@@ -20,6 +20,7 @@ typedef float f32v __attribute__((vector_size(64)));
 typedef int32_t i32v __attribute__((vector_size(64)));
 typedef uint32_t u32v __attribute__((vector_size(64)));
 typedef uint16_t u16v __attribute__((vector_size(32)));
+typedef int8_t i8v __attribute__((vector_size(16)));
 
 MOTET_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MOTET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -66,6 +67,10 @@ struct Float {
   }
   static MOTET_INLINE void split(u32v units, f32v *parts) { parts[0] = reinterpret_cast<f32v>(units); }
   static MOTET_INLINE u32v join(const f32v *parts) { return reinterpret_cast<u32v>(parts[0]); }
+  // A unit of each lane, from a byte for each element.
+  static MOTET_INLINE u32v widen(const int8_t *from) {
+    return reinterpret_cast<u32v>(__builtin_convertvector(__builtin_convertvector(load<i8v>(from), i32v), f32v));
+  }
   // Units of as many rows as a unit has elements, `stride` apart.
   static MOTET_INLINE u32v side_by_side(const type *rows, int64_t, int64_t n) { return load<u32v>(rows, n); }
 };
@@ -93,6 +98,12 @@ struct Bfloat {
     parts[1] = reinterpret_cast<f32v>(units & 0xffff0000u);
   }
   static MOTET_INLINE u32v join(const f32v *parts) { return upper_half(parts[0]) | upper_half(parts[1]) << 16; }
+  static MOTET_INLINE u32v widen(const int8_t *from) {
+    const u32v both = __builtin_convertvector(load<u16v>(from), u32v);
+    const f32v even = __builtin_convertvector(reinterpret_cast<i32v>(both << 24) >> 24, f32v);
+    const f32v odd = __builtin_convertvector(reinterpret_cast<i32v>(both << 16) >> 24, f32v);
+    return reinterpret_cast<u32v>(even) >> 16 | reinterpret_cast<u32v>(odd);  // seven bits and a sign leave no more
+  }
   // The second row may be the first again where its factor is zero.
   static MOTET_INLINE u32v side_by_side(const type *rows, int64_t stride, int64_t n) {
     const u16v first = load<u16v>(rows, n), second = load<u16v>(rows + stride, n);
