@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from motet.adapters.lease import Lease
 from motet.server.engine.types import Plan
@@ -31,6 +30,7 @@ from tests.bench.machine import Machine
 from tests.bench.make_adapters import make_adapters
 from tests.bench.steps import BLOCK_SIZE, CONTEXT, TURN_S, Times, decode_plan, fill_contexts, span, time_steps
 from tests.support.harness import Harness
+from tests.support.models import load_dense
 
 BATCHES = (1, 8, 32)
 ADAPTERS = (0, 1, 8, 32)
@@ -61,10 +61,14 @@ class StepCost:
 class Way:
     """The model served in one of the two ways."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int, int8: bool = False) -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    def __init__(
+        self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int, int8: bool = False
+    ) -> None:
+        model = load_dense(folder, torch.bfloat16)
         blocks = 32 * (CONTEXT // BLOCK_SIZE + 1) + 512 // BLOCK_SIZE
-        self.harness = Harness(model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native, int8=int8)
+        self.harness = Harness(
+            model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native, int8=int8
+        )
         self._runner = ModelRunner(self.harness.loaded, self.harness.effects)  # which copies no logits
         self._threads = 1 if native else threads
         self._leases: list[Lease] = []
