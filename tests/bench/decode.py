@@ -13,43 +13,29 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from motet.adapters.lease import Lease
-from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Sampling, Span
+from motet.server.engine.types import Plan
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.runner import ModelRunner
 from tests.bench.cpu_usage import CpuMeter
 from tests.bench.machine import Machine
 from tests.bench.make_adapters import make_adapters
+from tests.bench.steps import BLOCK_SIZE, CONTEXT, TURN_S, Times, decode_plan, fill_contexts, span, time_steps
 from tests.support.harness import Harness
+from tests.support.models import load_dense
 
 BATCHES = (1, 8, 32)
 ADAPTERS = (0, 1, 8, 32)
 PROMPTS = (128, 512)
 RANKS = (8, 16)
-CONTEXT, BLOCK_SIZE = 160, 16
-TURN_S = 0.25
-"""How long one way runs before it is the other's turn."""
-GREEDY = Sampling(max_tokens=1, temperature=0)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Of all steps, in milliseconds; the least tells what a step takes when nothing else runs."""
-
-    median_ms: float
-    least_ms: float
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ class Way:
     def __init__(
         self, folder: Path, adapters: Sequence[Path], *, native: bool, threads: int, int8: bool = False
     ) -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        model = load_dense(folder, torch.bfloat16)
         blocks = 32 * (CONTEXT // BLOCK_SIZE + 1) + 512 // BLOCK_SIZE
         self.harness = Harness(
             model, blocks=blocks, block_size=BLOCK_SIZE, arena_bytes=1 << 29, native=native, int8=int8
@@ -90,40 +76,20 @@ class Way:
         for path in adapters:
             self.harness.load(path.name, path)
             self._leases.append(self.harness.registry.acquire(path.name))
-
-        for index in range(max(BATCHES)):  # real contexts: over an empty one, bfloat16 alone changes the logits
-            self._runner.run(Plan((self._span(index, None, CONTEXT - 1, 0),)))
+        fill_contexts(self._runner, max(BATCHES))
 
     def plan(self, kind: str, rows: int, adapters: int) -> Plan:
         """Requests with their adapters, those of one adapter next to each other."""
         if kind == "prefill":
-            return Plan((self._span(0, adapters - 1 if adapters else None, rows, 0),))
-        chosen = sorted(row % adapters if adapters else -1 for row in range(rows))
-        return Plan(tuple(self._span(i, a if a >= 0 else None, 1, CONTEXT - 1) for i, a in enumerate(chosen)))
-
-    def _span(self, index: int, adapter: int | None, tokens: int, start: int) -> Span:
-        per_request = max(CONTEXT, tokens) // BLOCK_SIZE
-        return Span(
-            generation=GenerationId(index),
-            applied=() if adapter is None else (Applied(self._leases[adapter]),),
-            tokens=tuple(1000 + (7 * index + i) % 9000 for i in range(tokens)),
-            start=start,
-            blocks=tuple(BlockId(index * per_request + i) for i in range(per_request)),
-            draw=True,
-            sampling=GREEDY,
-            drawn=0,
-        )
+            return Plan((span(0, self._leases[adapters - 1] if adapters else None, rows, 0),))
+        if not adapters:
+            return decode_plan([None] * rows)
+        return decode_plan([self._leases[adapter] for adapter in sorted(row % adapters for row in range(rows))])
 
     def time(self, plan: Plan, limit_s: float) -> list[float]:
         """Milliseconds of steps, one after the other, for about this time and at least once."""
         torch.set_num_threads(self._threads)
-        times_ms: list[float] = []
-        until_s = time.perf_counter() + limit_s
-        while not times_ms or time.perf_counter() < until_s:
-            began_ns = time.perf_counter_ns()
-            self._runner.run(plan)
-            times_ms.append((time.perf_counter_ns() - began_ns) / 1e6)
-        return times_ms
+        return time_steps(self._runner, [plan], limit_s)
 
     def logits(self, plan: Plan) -> torch.Tensor:
         """[requests, V] float32."""
@@ -141,13 +107,13 @@ def measure(ways: Mapping[str, Way], kind: str, rows: int, adapters: int, rounds
         for name, way in ways.items():
             latest = way.time(plans[name], TURN_S)
             taken[name] += latest if round_number else []
-    times = {name: Times(round(median(one), 3), round(min(one), 3), len(one)) for name, one in taken.items()}
-    native, int8, torch_ = times["native"], times["int8"], times.get("torch")
-    if torch_ is None:
+    times = {name: Times.of(one) for name, one in taken.items()}
+    native, int8, modules = times["native"], times["int8"], times.get("torch")
+    if modules is None:
         return StepCost(kind, rows, adapters, native, int8, None, None, None)
     deviation = float((logits["native"] - logits["torch"]).square().mean().sqrt() / logits["torch"].std())
-    speedup = round(torch_.median_ms / native.median_ms, 2)
-    return StepCost(kind, rows, adapters, native, int8, torch_, speedup, round(deviation, 4))
+    speedup = round(modules.median_ms / native.median_ms, 2)
+    return StepCost(kind, rows, adapters, native, int8, modules, speedup, round(deviation, 4))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
