@@ -21,7 +21,7 @@ from motet.server.model.attention import AttentionBatch
 from motet.server.model.batch import EffectsBuilder, StepChanges, logit_rows, token_tensors
 from motet.server.model.loader import LoadedModel
 from motet.server.model.native import NativeDecoder
-from motet.server.model.sampler import Draw, draw_tokens, logprobs, reports
+from motet.server.model.sampler import Draw, draw_tokens, largest, logprobs, reports
 
 NATIVE = "native"
 
@@ -192,9 +192,12 @@ class ModelRunner:
 
 def _broken(spans: Sequence[Span], logits_nV: torch.Tensor) -> dict[GenerationId, str]:
     """Spans with a row of logits that holds NaN or infinity: the weights overflowed, and any token would be a lie."""
-    if len(logits_nV) == 0 or bool((largest_n := logits_nV.amax(dim=-1)).isfinite().all()):
+    if len(logits_nV) == 0:
         return {}
-    finite = largest_n.isfinite().tolist()
+    finite_n = logits_nV.gather(1, largest(logits_nV)[:, None])[:, 0].isfinite()
+    if bool(finite_n.all()):
+        return {}
+    finite = finite_n.tolist()
     broken: dict[GenerationId, str] = {}
     row = 0
     for span in spans:

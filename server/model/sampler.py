@@ -50,7 +50,7 @@ def draw_tokens(logits_nV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """
     for row, draw in enumerate(draws):
         _adjust(logits_nV[row], draw)
-    tokens_n = _largest(logits_nV)
+    tokens_n = largest(logits_nV)
     random_rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if random_rows:
         chosen = [draws[row] for row in random_rows]
@@ -59,8 +59,8 @@ def draw_tokens(logits_nV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     return tokens_n
 
 
-def _largest(logits_nV: torch.Tensor) -> torch.Tensor:
-    """The first of the largest, [n] int64."""
+def largest(logits_nV: torch.Tensor) -> torch.Tensor:
+    """Where each row's first largest is, or its first NaN: [n] int64."""
     # NumPy compares whole vectors: 32 rows of 49,152 take 0.07 ms, in torch 2.13 0.9 ms.
     if logits_nV.device.type == "cpu":
         return torch.from_numpy(logits_nV.numpy().argmax(axis=-1))

@@ -18,6 +18,8 @@ _THREADS = 2
 _PARALLEL = 32
 _CONTEXT = 256
 """Tokens of a request, prompt and answer, and to spare."""
+_FOR_A_THOUSAND = ("--adapter-memory", "8GiB", "--adapter-cache-size", "40GiB")
+"""Adapters of 5 and 10 MB, and what is kept of them on disk; by default 139 are resident, and 10 GiB on disk."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,12 @@ Build = Callable[[Path, Sequence[Path], int], Launch]
 
 
 def motet(model: Path, adapters: Sequence[Path], port: int) -> Launch:
-    """The command of this environment, with the memory it takes by default; never without its compiled backend."""
+    """The command of this environment; never without its compiled backend.
+
+    With the memory it takes by default, unless there are more adapters than that holds.
+    """
     arguments = ["--model", str(model), "--name", BASE, "--dtype", "bfloat16", "--port", str(port), "--native", "on"]
-    arguments += ["--adapter-cache", str(FOLDER / "lowered")]
+    arguments += ["--adapter-cache", str(FOLDER / "lowered"), *(_FOR_A_THOUSAND if len(adapters) > 64 else ())]
     for folder in adapters:
         arguments += ["--adapter", f"{folder.name}={folder}"]
     return Launch(
