@@ -2,7 +2,7 @@
 
 Starts the servers itself; `python -m tests.bench.peers.environment` makes those of the others, and one that is not
 there is skipped with its reason. No speed is printed unless Motet's answers are PEFT's in the same run. Run it from
-the repository root, alone on the machine; a round of all takes a quarter of an hour, and a file that git does not ignore
+the repository root, alone on the machine; a round of all takes a quarter of an hour. A file that git does not ignore
 would make its own records those of a tree with changes:
 
     OMP_NUM_THREADS=2 setsid python -m tests.bench.bench_peers --rounds 3 --out build/peers-cpu.jsonl
