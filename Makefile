@@ -88,7 +88,7 @@ sanitize: $(VENV)/.installed-dev
 		-fPIC -shared kernels/cpu/native/*.cpp -pthread -o $(SANITIZED)/kernels/cpu/_native.so
 	LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libubsan.so`" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized $(BIN)/python -m pytest -q -s -p no:cacheprovider \
-		tests/unit/kernels/test_native.py tests/unit/server/model/test_native.py
+		tests/unit/kernels/test_native.py tests/unit/kernels/test_int8.py tests/unit/server/model/test_native.py
 
 bench: $(VENV)/.installed-dev
 	@exec $(BIN)/python -m tests.bench.bench_serving $(ARGS)
