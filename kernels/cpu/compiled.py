@@ -106,7 +106,7 @@ _LAYOUT = sum(
 
 
 @functools.cache
-def library() -> Any | None:
+def entry_points() -> Any | None:
     """The compiled functions; None where the package was installed without a compiler."""
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
@@ -136,7 +136,7 @@ def library() -> Any | None:
 
 def processors() -> Sequence[Processor]:
     """What this machine runs, the fastest last; empty without the compiled functions."""
-    functions = library()
+    functions = entry_points()
     return [] if functions is None else [one for one in Processor if functions.motet_runs_on(one.value)]
 
 
@@ -159,7 +159,7 @@ class Engine:
         Raises:
             BackendUnavailableError: there are no compiled functions, or not for the processor.
         """
-        functions, possible = library(), processors()
+        functions, possible = entry_points(), processors()
         if functions is None:
             raise BackendUnavailableError(
                 "backend 'native' was not compiled when Motet was installed; install a C++20 compiler and Motet again"

@@ -50,7 +50,6 @@ class LoadedModel:
         engine: of the native backend; None where there is none.
         step, head_step: where the linears, and the output head, find the step that runs.
         embedding_path, head_path: of the modules.
-        int8: whether the linears multiply with weights rounded to int8.
         max_length: positions it was trained for.
         end_tokens: tokens that end a generation unless ignored.
         vocabulary: number of logits.
@@ -73,7 +72,6 @@ class LoadedModel:
     layers: Mapping[int, LayerShape]
     dtype: torch.dtype
     device: torch.device
-    int8: bool
     max_length: int
     end_tokens: frozenset[int]
     vocabulary: int
@@ -212,7 +210,6 @@ def prepare(
             layers=check.layers,
             dtype=model.dtype,
             device=model.device,
-            int8=int8,
             max_length=int(config.max_position_embeddings),
             end_tokens=end_tokens,
             vocabulary=int(config.vocab_size),

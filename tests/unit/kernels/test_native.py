@@ -147,7 +147,7 @@ def test_what_it_does_not_compute_is_refused(dtype: torch.dtype, what: str) -> N
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(compiled, "entry_points", lambda: None)
     assert compiled.processors() == []
     with pytest.raises(BackendUnavailableError, match=r"was not compiled.* install a C\+\+20 compiler"):
         Engine(1)
@@ -157,7 +157,7 @@ def test_a_backend_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
     """Structs of another layout would be read as nonsense."""
     monkeypatch.setattr(compiled, "_LAYOUT", compiled._LAYOUT + 8)
     with pytest.raises(BackendUnavailableError, match="another version"):
-        compiled.library.__wrapped__()
+        compiled.entry_points.__wrapped__()
 
 
 def test_a_plan_needs_an_engine() -> None:

@@ -23,7 +23,7 @@ def test_the_native_backend_is_said_once() -> None:
 
 
 def test_without_it_torch_computes_unless_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(compiled, "entry_points", lambda: None)
     said: list[str] = []
     assert native_engine(ServeConfig(), CPU, 2, said.append) is None
     assert len(said) == 1
