@@ -25,7 +25,7 @@ def test_the_bound_of_the_queue_holds_for_requests_that_come_at_once(adapter: Pa
         async with asyncio.TaskGroup() as group:
             asked = [group.create_task(started.post(max_tokens=2)) for _ in range(10)]
             await started.eventually(lambda: sum(task.done() for task in asked) == 6)
-            assert (started.scheduler.running, started.service.engine.queued) == (1, 3)
+            await started.eventually(lambda: (started.scheduler.running, started.service.engine.queued) == (1, 3))
             started.runner.go_on.set()
         statuses = [task.result().status_code for task in asked]
         assert statuses == [200] * 4 + [429] * 6
