@@ -37,6 +37,7 @@ from motet.server.api.publishing import autoloading
 from motet.server.api.quotas import Quotas
 from motet.server.api.scoring import Scorer, golden_check
 from motet.server.api.service import Service
+from motet.server.api.warm_up import warm_up
 from motet.server.bases import Loaded, Steps, text_steps, vision_steps
 from motet.server.budgets import adapter_cache, device_budget, host_budget
 from motet.server.config import OptionError, ServeConfig, parse_adapter
@@ -200,6 +201,7 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
         service.apply_quotas(service.registry.published())
+        await warm_up(service)
         names = [info.version.name for info in service.registry.published()]
         await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
