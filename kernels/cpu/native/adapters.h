@@ -75,19 +75,18 @@ class Adapters {
     }
   }
 
-  // Asks for the parts of B that `finish` will read: short pieces far apart, which no hardware foresees.
-  void fetch(const Linear &linear, int64_t start, int64_t stop, int64_t output, int64_t outputs) const {
+  // Lists the parts of B that `finish` will read: short pieces far apart, which no hardware foresees. A segment's are
+  // listed for its first rows only, since they stay near for the others.
+  void want(const Linear &linear, const Tile &tile, Errands &errands) const {
     for (int64_t i = 0; effects_ != nullptr && i < effects_->n_low_rank; i++) {
       const LowRank &one = effects_->low_rank[i];
-      each_run(tables_ + i * rows_, one.row_stop, start, stop, [&](int64_t s, int64_t, int64_t) {
+      each_run(tables_ + i * rows_, one.row_stop, tile.row, tile.row + tile.rows, [&](int64_t s, int64_t from, int64_t) {
+        if (from > one.row_start[s]) return;
         const int64_t at = linear.target * one.segments + s;
-        for (int64_t r = 0; r < one.rank[at]; r++) {
-          const Element *piece = operand(one.b_first[at]) + r * linear.out + output;
-          __builtin_prefetch(piece);
-          __builtin_prefetch(piece + outputs - 1);
-          // Of the chunk that this thread is likely to take next, where two share them.
-          __builtin_prefetch(piece + 2 * outputs);
-          __builtin_prefetch(piece + 3 * outputs - 1);
+        const Element *piece = operand(one.b_first[at]) + tile.output;
+        for (int64_t r = 0; r < one.rank[at]; r++, piece += linear.out) {
+          errands.add(piece);
+          errands.add(piece + tile.outputs - 1);
         }
       });
     }

@@ -10,6 +10,7 @@ namespace motet {
 namespace {
 
 constexpr auto nothing = [](int64_t, int64_t, int64_t, int64_t, int64_t, int) { return 0; };
+constexpr auto no_errands = [](int64_t, const Tile &, Errands &) {};
 
 // x · rsqrt(mean(x²) + eps) ⊙ weight
 template <class E>
@@ -64,7 +65,7 @@ class Decoder {
                    normed + i * model_.hidden);
     if (step_.logits == nullptr) return;
     const Linear *const head[] = {&model_.head};
-    columns<E>(engine_, head, step_.n_kept, normed, nothing,
+    columns<E>(engine_, head, step_.n_kept, normed, nothing, no_errands,
                [&](int64_t, const Tile &tile, int) { write_tile<Float>(step_.logits, model_.head.out, tile); });
   }
 
@@ -95,15 +96,17 @@ class Decoder {
     columns<E>(
         engine_, gate, rows_, normed_,
         [&](int64_t, int64_t start, int64_t stop, int64_t output, int64_t outputs, int thread) {
-          for (const Linear *linear : read) adapters_.fetch(*linear, start, stop, output, outputs);
           return weights.of(layer.up, output, outputs, stop - start, thread);
         },
+        [&](int64_t, const Tile &tile, Errands &errands) { adapters_.want(layer.gate, tile, errands); },
         [&](int64_t, Tile &gate_tile, const Group &up_weights) {
           adapters_.finish(layer.gate, shrunk.of(0), shrunk.stride, gate_tile);
           Tile tile;
           tile.row = gate_tile.row, tile.rows = gate_tile.rows;
           tile.output = gate_tile.output, tile.outputs = gate_tile.outputs;
-          product<E>(layer.up, up_weights, normed_, tile);
+          Errands errands;
+          adapters_.want(layer.up, tile, errands);
+          product<E>(layer.up, up_weights, normed_, tile, errands);
           adapters_.finish(layer.up, shrunk.of(1), shrunk.stride, tile);
           for (int64_t r = 0; r < tile.rows; r++)
             for (int64_t i = 0; i < tile.outputs; i += LANES) {
@@ -119,11 +122,8 @@ class Decoder {
   template <int N, class Each>
   void apply(const Linear *const (&linears)[N], const Element *x, const Shrunk<E> &shrunk, Each each) {
     columns<E>(
-        engine_, linears, rows_, x,
-        [&](int64_t i, int64_t start, int64_t stop, int64_t output, int64_t outputs, int) {
-          adapters_.fetch(*linears[i], start, stop, output, outputs);
-          return 0;
-        },
+        engine_, linears, rows_, x, nothing,
+        [&](int64_t i, const Tile &tile, Errands &errands) { adapters_.want(*linears[i], tile, errands); },
         [&](int64_t i, Tile &tile, int) {
           adapters_.finish(*linears[i], shrunk.of(i), shrunk.stride, tile);
           each(i, tile);
@@ -172,7 +172,7 @@ template <class E>
 void linear(Engine &engine, const Linear &linear, int64_t rows, const void *x, void *y) {
   const Adapters<E> nobody(engine, nullptr, rows);
   const Linear *const linears[] = {&linear};
-  columns<E>(engine, linears, rows, static_cast<const typename E::type *>(x), nothing,
+  columns<E>(engine, linears, rows, static_cast<const typename E::type *>(x), nothing, no_errands,
              [&](int64_t, Tile &tile, int) {
                nobody.finish(linear, nullptr, 0, tile);
                write_tile<E>(static_cast<typename E::type *>(y), linear.out, tile);

@@ -52,10 +52,31 @@ struct Narrow {
   MOTET_INLINE Narrow after(int64_t i) const { return {from + i * E::PER_UNIT}; }
 };
 
+// What memory is asked for while a product computes, so that neither waits for the other.
+class Errands {
+ public:
+  MOTET_INLINE void add(const void *line) {
+    if (count_ < MOST) lines_[count_++] = line;
+  }
+
+  // As many of them as leave an even share for each of the calls that are left, this one included.
+  MOTET_INLINE void run(int64_t calls) {
+    const int64_t stop = done_ + ceil_div(count_ - done_, calls);
+    for (; done_ < stop; done_++) __builtin_prefetch(lines_[done_]);
+  }
+
+ private:
+  static constexpr int64_t MOST = 768;
+  int64_t count_ = 0, done_ = 0;
+  const void *lines_[MOST];
+};
+
 template <class E, int ROWS, int WIDE, class Source>
-MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, Source packed, int64_t units, float *tile) {
+MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, Source packed, int64_t units, float *tile,
+                           Errands &errands) {
   for (int64_t first = 0; first < units; first += CHAIN) {
     const int64_t stop = least(units, first + CHAIN);
+    errands.run(ceil_div(units - first, CHAIN));
     f32v sum[ROWS][WIDE] = {};
     for (int64_t u = first; u < stop; u++) {
       u32v weight[WIDE];
@@ -82,19 +103,20 @@ MOTET_INLINE void multiply(const uint32_t *x, int64_t stride, Source packed, int
 }
 
 template <class E, int WIDE, class Source>
-void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, Source packed, int64_t units, float *tile) {
+void multiply_rows(int64_t rows, const uint32_t *x, int64_t stride, Source packed, int64_t units, float *tile,
+                   Errands &errands) {
   switch (rows) {
-    case 1: return multiply<E, 1, WIDE>(x, stride, packed, units, tile);
-    case 2: return multiply<E, 2, WIDE>(x, stride, packed, units, tile);
+    case 1: return multiply<E, 1, WIDE>(x, stride, packed, units, tile, errands);
+    case 2: return multiply<E, 2, WIDE>(x, stride, packed, units, tile, errands);
 #if defined(MOTET_WIDE) || defined(MOTET_HALF)
-    case 3: return multiply<E, 3, WIDE>(x, stride, packed, units, tile);
-    case 4: return multiply<E, 4, WIDE>(x, stride, packed, units, tile);
+    case 3: return multiply<E, 3, WIDE>(x, stride, packed, units, tile, errands);
+    case 4: return multiply<E, 4, WIDE>(x, stride, packed, units, tile, errands);
 #endif
 #if defined(MOTET_WIDE)
-    case 5: return multiply<E, 5, WIDE>(x, stride, packed, units, tile);
-    case 6: return multiply<E, 6, WIDE>(x, stride, packed, units, tile);
-    case 7: return multiply<E, 7, WIDE>(x, stride, packed, units, tile);
-    case 8: return multiply<E, 8, WIDE>(x, stride, packed, units, tile);
+    case 5: return multiply<E, 5, WIDE>(x, stride, packed, units, tile, errands);
+    case 6: return multiply<E, 6, WIDE>(x, stride, packed, units, tile, errands);
+    case 7: return multiply<E, 7, WIDE>(x, stride, packed, units, tile, errands);
+    case 8: return multiply<E, 8, WIDE>(x, stride, packed, units, tile, errands);
 #endif
   }
 }
@@ -146,26 +168,27 @@ class Weights {
 };
 
 template <class E, class Source>
-void product_of(const Linear &linear, Source weights, const typename E::type *x, Tile &tile) {
+void product_of(const Linear &linear, Source weights, const typename E::type *x, Tile &tile, Errands &errands) {
   const int64_t units = linear.in / E::PER_UNIT, blocks = ceil_div(tile.outputs, LANES);
   const void *inputs_at = x + tile.row * linear.in;
   const uint32_t *inputs = static_cast<const uint32_t *>(inputs_at);
   int64_t block = 0;
   for (; block + TOGETHER <= blocks; block += TOGETHER)
     multiply_rows<E, TOGETHER>(tile.rows, inputs, units, weights.after(block * units * LANES), units,
-                               tile.at(0, block * LANES));
+                               tile.at(0, block * LANES), errands);
   for (; block < blocks; block++)
     multiply_rows<E, 1>(tile.rows, inputs, units, weights.after(block * units * LANES), units,
-                        tile.at(0, block * LANES));
+                        tile.at(0, block * LANES), errands);
 }
 
 // Fills the tile in; x are the inputs of all rows, weights those of the tile's outputs.
 template <class E>
-void product(const Linear &linear, const Group &weights, const typename E::type *x, Tile &tile) {
+void product(const Linear &linear, const Group &weights, const typename E::type *x, Tile &tile,
+             Errands &errands) {
   if (weights.wide != nullptr)
-    product_of<E>(linear, Wide{weights.wide}, x, tile);
+    product_of<E>(linear, Wide{weights.wide}, x, tile, errands);
   else
-    product_of<E>(linear, Narrow<E>{weights.narrow}, x, tile);
+    product_of<E>(linear, Narrow<E>{weights.narrow}, x, tile, errands);
   if (linear.scale == nullptr) return;
   for (int64_t i = 0; i < tile.outputs; i += LANES) {
     const f32v scale = load<f32v>(linear.scale + tile.output + i, tile.outputs - i);
@@ -175,9 +198,9 @@ void product(const Linear &linear, const Group &weights, const typename E::type 
 
 // Calls each(linear, tile, what) for all that linears of one input give, in parallel. `what` is what
 // ahead(linear, first row, one past the last, first output, outputs, thread) gave, which is called before, once a chunk.
-template <class E, int N, class Ahead, class Each>
+template <class E, int N, class Ahead, class Wants, class Each>
 void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, const typename E::type *x, Ahead ahead,
-             Each each) {
+             Wants wants, Each each) {
   if (rows == 0) return;
   const Weights<E> weights(engine, Use::Widened, linears);
   int64_t groups = 0;
@@ -196,7 +219,9 @@ void columns(Engine &engine, const Linear *const (&linears)[N], int64_t rows, co
     for (int64_t row = start; row < stop; row += TILE) {
       Tile tile;
       tile.row = row, tile.rows = least(TILE, stop - row), tile.output = output, tile.outputs = outputs;
-      product<E>(linear, own, x, tile);
+      Errands errands;
+      wants(one, tile, errands);
+      product<E>(linear, own, x, tile, errands);
       each(one, tile, what);
     }
   });
