@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +26,11 @@ from tests.bench.client import Endpoint
 from tests.bench.load import Conduct, WarmupError, measure
 from tests.bench.machine import Machine
 from tests.bench.peers import cells, parity, peft_batch, table
-from tests.bench.peers.cells import SETUPS, Cell, Setup
+from tests.bench.peers.cells import SETUPS, SETUPS_IN_TURNS, Cell, Setup
 from tests.bench.peers.environment import FOLDER, missing_llama, missing_vllm
 from tests.bench.peers.process import StartError, free_port, go_first, running
 from tests.bench.peers.ratios import ratios
-from tests.bench.peers.servers import BASE, BUILDS, LLAMA, MOTET, PEFT, VLLM
+from tests.bench.peers.servers import BASE, BUILDS, IN_TURNS, LLAMA, MOTET, PEFT, VLLM, Launch
 from tests.bench.run import run
 
 ADAPTERS = FOLDER / "adapters"
@@ -78,11 +79,22 @@ class Run:
         return self.seed + 10_000 * number + 100 * cell.concurrency + cell.adapters
 
 
-async def measure_server(run_: Run, setup: Setup, number: int) -> None:
-    """Start it, compare Motet's answers, measure the cells.
+@dataclass(frozen=True)
+class Served:
+    """A setup whose server runs."""
+
+    setup: Setup
+    conduct: Conduct
+    launch: Launch
+    pid: int
+
+
+@contextlib.contextmanager
+def serving(run_: Run, setup: Setup) -> Iterator[Served]:
+    """Start it and compare Motet's answers; it serves until the block is left.
 
     Raises:
-        StartError, WarmupError: it does not serve.
+        StartError: it does not serve.
         ParityError: it is Motet, and its answers are not PEFT's.
     """
     port = free_port()
@@ -90,19 +102,54 @@ async def measure_server(run_: Run, setup: Setup, number: int) -> None:
     url = f"http://127.0.0.1:{port}"
     log = FOLDER / "logs" / f"{setup.server}-{setup.registered}.log"
     with running(launch.command, launch.environment, url + launch.health, log) as pid:
-        conduct = Conduct(Endpoint.from_url(url), timeout_s=1800, allow_merged_chunks=True, server_pid=pid)
-        if setup.server == MOTET and setup.registered:
+        if setup.server in (MOTET, IN_TURNS) and setup.registered:
             run_.parity.append(parity.check(url, run_.expected, BASE))
-        warmed = await measure(conduct, cells.touch(setup, BASE, run_.seed + number, launch.fields_of))
-        if failures := [one.failure for one in warmed.timelines if one.failure is not None]:
-            raise WarmupError(f"{setup.server}: {failures[0].kind}: {failures[0].detail}")
-        for cell in setup.cells:
-            asked = cells.workload(cell, BASE, run_.waves, run_.seed_of(cell, number), launch.fields_of)
-            raised = {"server_priority": go_first(pid), "client_priority": go_first()}
-            arguments = {**run_.arguments(setup, cell, number), "version": launch.version, **raised}
-            record = await run(conduct, asked, str(arguments["label"]), arguments, run_.out)
-            rate, failed = record.results.output_tokens_per_s, record.results.failed
-            print(f"{record.label}: {rate:.1f} tokens/s, {failed} failed", file=sys.stderr, flush=True)
+        conduct = Conduct(Endpoint.from_url(url), timeout_s=1800, allow_merged_chunks=True, server_pid=pid)
+        yield Served(setup, conduct, launch, pid)
+
+
+async def touch(run_: Run, served: Served, number: int) -> None:
+    """Raises WarmupError: a request failed."""
+    warmed = await measure(served.conduct, cells.touch(served.setup, BASE, run_.seed + number, served.launch.fields_of))
+    if failures := [one.failure for one in warmed.timelines if one.failure is not None]:
+        raise WarmupError(f"{served.setup.server}: {failures[0].kind}: {failures[0].detail}")
+
+
+async def measure_cells(run_: Run, served: Served, number: int) -> None:
+    for cell in served.setup.cells:
+        asked = cells.workload(cell, BASE, run_.waves, run_.seed_of(cell, number), served.launch.fields_of)
+        raised = {"server_priority": go_first(served.pid), "client_priority": go_first()}
+        arguments = {**run_.arguments(served.setup, cell, number), "version": served.launch.version, **raised}
+        record = await run(served.conduct, asked, str(arguments["label"]), arguments, run_.out)
+        rate, failed = record.results.output_tokens_per_s, record.results.failed
+        print(f"{record.label}: {rate:.1f} tokens/s, {failed} failed", file=sys.stderr, flush=True)
+
+
+async def measure_server(run_: Run, setup: Setup, number: int) -> None:
+    """One server alone.
+
+    Raises:
+        StartError, WarmupError, ParityError: as `serving` and `touch` do.
+    """
+    with serving(run_, setup) as served:
+        await touch(run_, served, number)
+        await measure_cells(run_, served, number)
+
+
+async def measure_in_turns(run_: Run, setups: Sequence[Setup], turns: int) -> None:
+    """All of them up and one asked at a time, for differences that are smaller than those between two rounds.
+
+    Raises:
+        StartError, WarmupError, ParityError: as `serving` and `touch` do.
+    """
+    with contextlib.ExitStack() as stack:
+        order = [stack.enter_context(serving(run_, setup)) for setup in setups]
+        for served in order:
+            await touch(run_, served, turns)
+        for number in range(turns):
+            for served in order:
+                await measure_cells(run_, served, number)
+            order.reverse()
 
 
 def measure_peft(run_: Run, setup: Setup, number: int) -> None:
@@ -187,6 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--servers", type=_names, default=(MOTET, LLAMA, VLLM, PEFT), help="separated by commas")
     parser.add_argument("--most-registered", type=int, default=1000, help="leave out setups with more adapters")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=8, help="of servers that are up together (default %(default)s)")
     parser.add_argument("--waves", type=int, default=2, help="requests for each in flight (default %(default)s)")
     parser.add_argument("--seed", type=int, help="default: a fresh one, recorded")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines of this run; must not exist")
@@ -217,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for number in range(options.rounds):
             measure_round(run_, setups, number)
+        if MOTET in options.servers:
+            asyncio.run(measure_in_turns(run_, SETUPS_IN_TURNS, options.turns))
     except (OSError, StartError, WarmupError, parity.ParityError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -47,7 +47,6 @@ _BASE = (Cell(0, 1), Cell(0, 8), Cell(0, 32))
 _ADAPTED = (Cell(8, 8), Cell(8, 32), Cell(64, 8), Cell(64, 32))
 SETUPS = (
     Setup("motet", 64, (*_BASE, *_ADAPTED)),
-    Setup("motet", 0, (Cell(0, 32),)),
     Setup("llama.cpp", 0, _BASE),
     Setup("llama.cpp", 64, _ADAPTED),
     Setup("vllm", 0, _BASE),
@@ -55,7 +54,9 @@ SETUPS = (
     Setup("peft", 8, (*_BASE, Cell(8, 8), Cell(8, 32))),
     Setup("motet", 1000, (Cell(1000, 8), Cell(1000, 32))),
 )
-"""A peer's base is measured without adapters, where it is fastest; Motet's also with."""
+"""A peer's base is measured without adapters, where it is fastest; Motet's with."""
+SETUPS_IN_TURNS = (Setup("motet in turns", 0, (Cell(0, 32),)), Setup("motet in turns", 64, (Cell(0, 32),)))
+"""What adapters cost a base that nobody asks for them: less than two servers differ by, one after the other."""
 
 
 def adapter_names(count: int) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from tests.bench.peers import converted
 from tests.bench.peers.environment import FOLDER, LLAMA_SDIST, LLAMA_SERVER, VLLM_PACKAGES, VLLM_PYTHON
 
 MOTET, LLAMA, VLLM, PEFT = "motet", "llama.cpp", "vllm", "peft"
+IN_TURNS = "motet in turns"
+"""Motet too, two of them up together."""
 BASE = "base"
 """What every server calls its base model."""
 _THREADS = 2
@@ -92,4 +94,4 @@ def vllm(model: Path, adapters: Sequence[Path], port: int) -> Launch:
     return Launch(command, "/health", VLLM_PACKAGES[-1], environment)
 
 
-BUILDS: Mapping[str, Build] = {MOTET: motet, LLAMA: llama, VLLM: vllm}
+BUILDS: Mapping[str, Build] = {MOTET: motet, IN_TURNS: motet, LLAMA: llama, VLLM: vllm}

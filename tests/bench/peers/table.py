@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.peers.cells import SETUPS, Cell
+from tests.bench.peers.cells import SETUPS, SETUPS_IN_TURNS, Cell
 from tests.bench.peers.ratios import Key, rounds_of
 
 
@@ -22,7 +22,11 @@ def read(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def speeds(records: Sequence[Mapping[str, Any]]) -> str:
     """Output tokens/s, TPOT and TTFT of every cell, medians over the rounds."""
     rounds = rounds_of(records)
-    keys = [(s.server, s.registered, cell.adapters, cell.concurrency) for s in SETUPS for cell in s.cells]
+    keys = [
+        (s.server, s.registered, cell.adapters, cell.concurrency)
+        for s in (*SETUPS, *SETUPS_IN_TURNS)
+        for cell in s.cells
+    ]
     lines = [
         "| server | adapters registered | requests | tokens/s | TPOT p50 | TTFT p50 | TTFT p99 | other CPU use |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

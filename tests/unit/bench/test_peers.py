@@ -14,7 +14,7 @@ import pytest
 from tests.bench import bench_peers
 from tests.bench.assignment import Assignment
 from tests.bench.peers import converted, parity, servers, table
-from tests.bench.peers.cells import SETUPS, Cell, adapter_names, touch, workload
+from tests.bench.peers.cells import SETUPS, SETUPS_IN_TURNS, Cell, adapter_names, touch, workload
 from tests.bench.peers.process import StartError, free_port, running
 from tests.bench.peers.ratios import ratios
 from tests.bench.workload import plan
@@ -61,7 +61,7 @@ class TestRatios:
     def test_every_target_is_measured_by_the_setups(self) -> None:
         everything = [
             record(setup.server, setup.registered, cell.adapters, cell.concurrency, 10.0)
-            for setup in SETUPS
+            for setup in (*SETUPS, *SETUPS_IN_TURNS)
             for cell in setup.cells
         ]
         assert [one.what for one in ratios(everything) if one.value is None] == []
