@@ -55,8 +55,11 @@ SETUPS = (
     Setup("motet", 1000, (Cell(1000, 8), Cell(1000, 32))),
 )
 """A peer's base is measured without adapters, where it is fastest; Motet's with."""
-SETUPS_IN_TURNS = (Setup("motet in turns", 0, (Cell(0, 32),)), Setup("motet in turns", 64, (Cell(0, 32),)))
-"""What adapters cost a base that nobody asks for them: less than two servers differ by, one after the other."""
+SETUPS_IN_TURNS = (
+    Setup("motet in turns", 0, (Cell(0, 32),)),
+    Setup("motet in turns", 64, (Cell(0, 32), Cell(8, 32), Cell(64, 32))),
+)
+"""What adapters cost, registered and asked for: less than a server differs by from one round to the next."""
 
 
 def adapter_names(count: int) -> tuple[str, ...]:

@@ -55,13 +55,14 @@ def _peer(server: str, adapters: int, concurrency: int) -> Key:
 
 def _aims() -> list[Aim]:
     aims = [
-        Aim("adapter tax: 8 adapters over the base, c32", 0.90, _motet(8, 32), _motet(0, 32)),
+        Aim("adapter tax: 8 adapters over the base, c32", 0.90, (IN_TURNS, 64, 8, 32), (IN_TURNS, 64, 0, 32)),
         Aim("the base with 64 registered over none, c32", 0.99, (IN_TURNS, 64, 0, 32), (IN_TURNS, 0, 0, 32)),
+        Aim("64 adapters, Zipf, over 8, c8", 0.90, _motet(64, 8), _motet(8, 8)),
+        Aim("64 adapters, Zipf, over 8, c32", 0.90, (IN_TURNS, 64, 64, 32), (IN_TURNS, 64, 8, 32)),
     ]
     aims += [
-        Aim(f"{adapters:,} adapters, Zipf, over 8, c{c}", 0.90, _motet(adapters, c), _motet(8, c))
-        for adapters in (64, 1000)
-        for c in (8, 32)
+        Aim(f"1,000 adapters, Zipf, over 8, c{concurrency}", 0.90, _motet(1000, concurrency), _motet(8, concurrency))
+        for concurrency in (8, 32)
     ]
     aims += [
         Aim(f"{cell.adapters} adapters over {server}, c{cell.concurrency}", target, of, by)

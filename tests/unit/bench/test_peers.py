@@ -39,9 +39,9 @@ def record(
 
 class TestRatios:
     def test_both_sides_are_of_one_round(self) -> None:
-        records = [record("motet", 64, 8, 32, rate, number) for number, rate in enumerate((90.0, 40.0, 10.0))] + [
-            record("motet", 64, 0, 32, rate, number) for number, rate in enumerate((100.0, 80.0, 10.0))
-        ]
+        records = [
+            record("motet in turns", 64, 8, 32, rate, number) for number, rate in enumerate((90.0, 40.0, 10.0))
+        ] + [record("motet in turns", 64, 0, 32, rate, number) for number, rate in enumerate((100.0, 80.0, 10.0))]
         tax = ratios(records)[0]
         assert tax.rounds == [0.9, 0.5, 1.0]
         assert tax.value == 0.9
@@ -68,11 +68,15 @@ class TestRatios:
 
 
 def test_a_table_says_which_targets_were_missed() -> None:
-    records = [record("motet", 64, 8, 32, 50.0), record("motet", 64, 0, 32, 100.0), record("peft", 8, 8, 8, 7.0)]
+    records = [
+        record("motet in turns", 64, 8, 32, 50.0),
+        record("motet in turns", 64, 0, 32, 100.0),
+        record("peft", 8, 8, 8, 7.0),
+    ]
     end = {"results": [{**vars(one), "met": one.met} for one in ratios(records)]}
     assert "| adapter tax: 8 adapters over the base, c32 | ≥ 0.9 | 0.50, missed |" in table.ratios(end)
     assert "| 8 adapters over PEFT's mixed batch, c8 | ≥ 8 | not measured |" in table.ratios(end)
-    assert "| motet | 64 | 8 c32 | 50 | 20 ms | 20 ms | 2,000 ms | 3 % |" in table.speeds(records)
+    assert "| motet in turns | 64 | 8 c32 | 50 | 20 ms | 20 ms | 2,000 ms | 3 % |" in table.speeds(records)
 
 
 def test_every_server_gets_the_same_requests() -> None:
