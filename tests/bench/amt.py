@@ -19,9 +19,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,7 +31,7 @@ from tests.bench.amt_domains import HELD_OUT, NOISES, QUERIES, SHOTS, VALIDATION
 from tests.bench.amt_network import Alpha, Network
 from tests.bench.amt_served import Served, served
 from tests.bench.claims import BASE_NAME
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 POOL = Path("examples/adapters/subjects-amt")
 EPISODES, ATTACKED_EPISODES, SERVED_EPISODES = 24, 8, 1
@@ -236,7 +233,7 @@ async def measured(model: Path, pool: Path, data: Path, out: Path) -> None:
         for name in (VALIDATION, *HELD_OUT):
             if (shape := arguments(name)) in known:
                 continue
-            load_before, machine, began_s = os.getloadavg(), asdict(Machine.here()), time.monotonic()
+            head, began_s = surroundings("torch", "transformers"), time.monotonic()
             found = domain(name, data, lambda text: len(network.ids(text)))
             results: dict[str, Any] = {"served": await agreement(network, found, server)}
             results |= {noise: classified(network, found, noise) for noise in shape["noises"]}
@@ -244,17 +241,13 @@ async def measured(model: Path, pool: Path, data: Path, out: Path) -> None:
                 results["attacked"] = under_attack(network, found)
             line = {
                 "label": name,
-                "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+                **head,
                 "arguments": shape,
                 "rows": {"labels": len(found.texts), "texts": sum(map(len, found.texts.values()))},
-                "machine": machine,
-                "versions": {package: version(package) for package in ("torch", "transformers")},
-                "load_before": load_before,
                 "duration_s": round(time.monotonic() - began_s, 1),
                 "results": results,
             }
-            with out.open("a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            append(out, line)
             clean = results["clean"]["classifiers"].items()
             print(name, {classifier: round(each["accuracy"], 3) for classifier, each in clean}, flush=True)
 

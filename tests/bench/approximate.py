@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +28,7 @@ from motet.server.config import ServeConfig
 from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Sampling, Span
 from motet.server.model.default_model import ensure_default_model
 from motet.server.model.runner import ModelRunner
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 FORMS = ("exact", "svd-8", "svd-32", "1bit")
 BATCHES = (1, 8)
@@ -151,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    load_before = os.getloadavg()
+    head = surroundings("torch", "transformers")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder
         if folder is None:
@@ -159,10 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             random_fine_tune(folder)
         dtype, results = measure(folder, options.dtype, FORMS)
     line = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
-        "versions": {"torch": version("torch"), "transformers": version("transformers")},
-        "load_before": load_before,
+        **head,
         "arguments": {
             "fine_tune": f"random, {CHANGE} of every weight" if options.folder is None else options.trained_by,
             "dtype": dtype,
@@ -171,8 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "results": [asdict(result) for result in results],
     }
-    with options.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(options.out, line)
     for result in results:
         print(*asdict(result).values())
 

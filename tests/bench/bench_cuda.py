@@ -13,8 +13,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 
 from tests.bench.cuda import decode, low_rank
 from tests.bench.cuda.timing import copy_bytes_per_s
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 RANK = 16
 
@@ -89,15 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("nothing measured: torch sees no CUDA device; --dry tries the script without one", file=sys.stderr)
         return 2
     device = torch.device("cpu" if options.dry else "cuda")
-    frame = {
-        "machine": asdict(Machine.here()),
-        "device": "dry" if options.dry else torch.cuda.get_device_name(device),
-        "versions": {package: version(package) for package in ("torch", "triton", "transformers")},
-    }
+    name = "dry" if options.dry else torch.cuda.get_device_name(device)
+    head = surroundings("torch", "triton", "transformers")
     for kind, figure in figures(DRY if options.dry else FULL, device):
-        line = {"kind": kind, "utc": datetime.now(UTC).isoformat(timespec="seconds"), **frame, "results": figure}
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(options.out, {"kind": kind, **head, "device": name, "results": figure})
         print(kind, json.dumps(figure)[:200], flush=True)
     return 0
 

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +27,7 @@ from motet.server.adapter_metrics import AdapterMetrics
 from motet.server.engine.blocks import BlockPool
 from motet.server.engine.policy import Fair, Fcfs, Policy
 from motet.server.engine.scheduler import Scheduler, StepLimits
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.bench.make_adapters import make_adapters
 from tests.bench.stats import distribution
 from tests.e2e.process import Server
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    machine = asdict(Machine.here())
+    head = surroundings()
     results: dict[str, Any] = {policy: [] for policy in POLICIES}
     with tempfile.TemporaryDirectory() as scratch:
         adapters = make_adapters(options.model, Path(scratch), 2, ranks=(8,))
@@ -136,14 +135,12 @@ def main() -> None:
     results["observing_us"] = median(observing() for _ in range(5))
     arguments = {"flood": FLOOD, "tokens": TOKENS, "running": RUNNING, "waiting": WAITING, "adapters": ADAPTERS}
     line = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        **head,
         "arguments": {**arguments, "seconds": options.seconds},
-        "machine": machine,
         "results": results,
     }
     print(results["scheduling_us"], results["observing_us"])
-    with options.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(options.out, line)
 
 
 if __name__ == "__main__":

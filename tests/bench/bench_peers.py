@@ -18,13 +18,12 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tests.bench.client import Endpoint
+from tests.bench.lines import append, surroundings
 from tests.bench.load import Conduct, WarmupError, measure
-from tests.bench.machine import Machine
 from tests.bench.peers import cells, parity, peft_batch, table
 from tests.bench.peers.cells import SETUPS, SETUPS_IN_TURNS, Cell, Setup
 from tests.bench.peers.environment import FOLDER, missing_llama, missing_vllm
@@ -159,7 +158,7 @@ def measure_peft(run_: Run, setup: Setup, number: int) -> None:
     for record in peft_batch.measure(run_.model, run_.folders[: setup.registered], seeds, arguments):
         rate = record["results"]["output_tokens_per_s"]
         print(f"{record['label']}: {rate:.1f} tokens/s", file=sys.stderr, flush=True)
-        _append(run_.out, record)
+        append(run_.out, record)
 
 
 def measure_round(run_: Run, setups: Sequence[Setup], number: int) -> None:
@@ -182,23 +181,17 @@ def measure_round(run_: Run, setups: Sequence[Setup], number: int) -> None:
             run_.skipped[setup.server] = str(error)
 
 
-def _append(out: Path, line: Mapping[str, Any]) -> None:
-    with out.open("a") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-
-
 def finish(run_: Run) -> None:
     """The last line of the file: the ratios, and what they rest on."""
     records = [json.loads(line) for line in run_.out.read_text().splitlines()]
     line = {
         "label": "ratios",
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
+        **surroundings(),
         "skipped": run_.skipped,
         "parity": [asdict(one) for one in run_.parity],
         "results": [{**asdict(one), "met": one.met} for one in ratios(records)],
     }
-    _append(run_.out, line)
+    append(run_.out, line)
     print(table.speeds(records), table.ratios(line), sep="\n\n")
 
 

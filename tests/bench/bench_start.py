@@ -13,12 +13,10 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 ROOT = Path(__file__).parents[2]
 POLL_S = 0.05
@@ -70,13 +68,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8077)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    machine = asdict(Machine.here())
+    head = surroundings()
     for _ in range(options.starts):
         result = start_once(options.port)
         print(result)
-        line = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "results": result}
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line = {**head, "results": result}
+        append(options.out, line)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import httpx
 
 from tests.bench.client import Endpoint, stream_completion
 from tests.bench.cpu_usage import CpuMeter
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.bench.make_adapters import make_adapters
 from tests.bench.stats import distribution
 from tests.bench.workload import PlannedRequest
@@ -194,18 +193,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     arguments = {name: value for name, value in vars(options).items() if name not in ("out", "model")}
+    head = surroundings()
     with tempfile.TemporaryDirectory() as root:
         results = asyncio.run(run(options, Path(root)))
     line = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
+        **head,
         "arguments": arguments,
         "results": results,
     }
     print(json.dumps(line))
     if options.out is not None:
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(options.out, line)
 
 
 if __name__ == "__main__":

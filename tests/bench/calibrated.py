@@ -19,9 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,7 +40,7 @@ from motet.server.heads import scores
 from motet.server.heads.batch import Head, Row, predict
 from tests.bench.calibrated_sets import ROWS_SEED, SETS, TEST_ROWS, TRAIN_ROWS, Questions
 from tests.bench.claims import BASE_NAME
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 LAYERS, STEPS, BATCH, RANK, THREADS = 4, 120, 8, 8, 1
 SEEDS = (0, 1, 2)
@@ -231,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (names := [name for name in SETS if arguments(name) not in known]):
         return 0
     torch.set_num_threads(THREADS)
-    load_before, machine = os.getloadavg(), asdict(Machine.here())
+    head = surroundings("torch", "transformers", "peft")
     sets = {name: read(options.data) for name, read in SETS.items()}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -241,16 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         line = {
             "label": name,
-            "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            **head,
             "arguments": arguments(name),
-            "machine": machine,
-            "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-            "load_before": load_before,
             "lower_cpu_ms": lower_ms,
             "results": measure(name, sets, upper),
         }
-        with options.results.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append(options.results, line)
     return 0
 
 

@@ -8,18 +8,15 @@ A random base of one linear, PiSSA's start, a random change of several sizes. Ru
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from motet.adapters.effects import LowRank
 from motet.adapters.methods.centred import centred
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 WIDTH, RANK, ROWS, SEED = 576, 16, 256, 0
 """Of the linear, of the adapter, of the inputs the error is averaged over."""
@@ -91,14 +88,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     line = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
-        "versions": {"torch": version("torch")},
+        **surroundings("torch"),
         "arguments": {"width": WIDTH, "rank": RANK, "rows": ROWS, "seed": SEED},
         "results": [asdict(errors) for errors in measure()],
     }
-    with options.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(options.out, line)
     print("‖ΔW‖/‖W‖   stacked   centred   W_res")
     for errors in measure():
         print(f"{errors.change:9.2%}{errors.stacked:10.1e}{errors.centred:10.1e}{errors.residual:9.1e}")

@@ -12,14 +12,11 @@ repository root, in three minutes:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,7 @@ from motet.server.model.loader import LoadedModel
 from motet.server.model.runner import NATIVE, ModelRunner
 from motet.server.serve import new_residency
 from tests.bench.cpu_usage import CpuMeter
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.bench.make_adapters import LLAMA_LINEARS, make_adapters
 from tests.bench.steps import BLOCK_SIZE, CONTEXT, TURN_S, Times, decode_plan, fill_contexts, time_steps
 from tests.support.harness import Harness
@@ -195,14 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--label", default="")
     options = parser.parse_args(arguments)
-    load_before, meter, machine = os.getloadavg(), CpuMeter(os.getpid()), asdict(Machine.here())
+    head, meter = surroundings("torch", "transformers"), CpuMeter(os.getpid())
     measured = measure(ensure_default_model(), points(), options.rounds)
     run = {
         "label": options.label,
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine,
-        "versions": {"torch": version("torch"), "transformers": version("transformers")},
-        "load_before": load_before,
+        **head,
         "cpu": asdict(meter.stop()),
         "arguments": {
             "model": DEFAULT_MODEL_NAME,
@@ -219,8 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for line in lines:
         print(*line["point"].values(), *line["times"].values())
     if options.out is not None:
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        append(options.out, *lines)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,10 @@ from the repository root, with both cores to itself if they can be had:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,7 +23,7 @@ from motet.server.engine.types import Plan
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from motet.server.model.runner import ModelRunner
 from tests.bench.cpu_usage import CpuMeter
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.bench.make_adapters import make_adapters
 from tests.bench.steps import BLOCK_SIZE, CONTEXT, TURN_S, Times, decode_plan, fill_contexts, span, time_steps
 from tests.support.harness import Harness
@@ -125,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--label", default="")
     options = parser.parse_args(arguments)
     folder = ensure_default_model()
-    load_before, meter = os.getloadavg(), CpuMeter(os.getpid())
+    head, meter = surroundings("torch", "transformers"), CpuMeter(os.getpid())
     with tempfile.TemporaryDirectory() as scratch:
         paths = make_adapters(str(folder), Path(scratch), max(ADAPTERS), RANKS)
         ways = {
@@ -143,10 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert all(ways[name].harness.runner.rows.keys() == {"native"} for name in ("native", "int8"))
     line = {
         "label": options.label,
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
-        "versions": {"torch": version("torch"), "transformers": version("transformers")},
-        "load_before": load_before,
+        **head,
         "cpu": asdict(meter.stop()),
         "arguments": {
             "model": DEFAULT_MODEL_NAME,
@@ -160,8 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "costs": [asdict(cost) for cost in costs],
     }
     if options.out is not None:
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(options.out, line)
 
 
 if __name__ == "__main__":

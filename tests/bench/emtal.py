@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +30,7 @@ from motet.adapters.recipes.emtal import start
 from motet.adapters.recipes.table import RECIPES
 from motet.adapters.recipes.trainee import Setup, Trainee
 from motet.adapters.source import read
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.support.bases import base_of
 from tests.support.harness import GREEDY, Harness
 from tests.support.tolerances import TOLERANCES
@@ -182,13 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as place:
         folders = model, Path(place) / "emtal", Path(place) / "lora"
         for name, dtype, measure in (("training form", "float32", training_form), ("served", "bfloat16", served)):
-            load_before = os.getloadavg()
+            head = surroundings("torch", "transformers", "peft")
             results = measure(*folders)
             line = {
-                "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": asdict(Machine.here()),
-                "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-                "load_before": load_before,
+                **head,
                 "arguments": {
                     "form": name,
                     "base": model.name,
@@ -201,8 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "note": "medians and least; jobs that are no part of this share the machine",
                 "results": results,
             }
-            with options.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(options.out, line)
             print(name, json.dumps(results, indent=2), flush=True)
 
 

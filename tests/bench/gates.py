@@ -12,15 +12,11 @@ Shapes: T batch rows, W the width (in and out), R rank, N units in the arena, U 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +29,7 @@ from motet.kernels.dispatch import Backend, default_backend, low_rank_plan
 from motet.kernels.ops import LowRankPlan
 from motet.kernels.segments import Gates, Segments, TargetShape
 from motet.server.engine.types import Applied, BlockId, GenerationId, Plan, Sampling, Span
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.bench.make_adapters import make_adapters
 from tests.support.harness import Harness
 from tests.support.tolerances import TOLERANCES
@@ -234,18 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     backend = options.backend or default_backend(device)
 
     def record(kind: str, costs: Callable[[], Sequence[Any]]) -> None:
-        load_before, machine = os.getloadavg(), asdict(Machine.here())
+        head = surroundings("torch", "transformers")
         line = {
             "label": kind,
-            "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine,
-            "versions": {package: version(package) for package in ("torch", "transformers")},
-            "load_before": load_before,
+            **head,
             "arguments": {"backend": backend, "device": device.type, "threads": 1, "rounds": options.rounds},
             "costs": [asdict(cost) for cost in costs()],
         }
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(options.out, line)
         for cost in line["costs"]:
             print(kind, *cost.values(), flush=True)
 

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from motet.server.engine.types import Applied, BlockId, GenerationId, Sampling, Span
 from motet.server.model.batch import token_tensors
 from motet.server.model.default_model import DEFAULT_MODEL_NAME, ensure_default_model
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.support.harness import Harness
 
 EXAMPLES = Path("examples") / "adapters"
@@ -131,20 +130,19 @@ def main() -> None:
     folder = ensure_default_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     exact, int8 = Base(folder, int8=False), Base(folder, int8=True)
+    head = surroundings("torch", "transformers")
     found = []
     for name, adapter in CASES:
         found.append(measure(exact, int8, name, adapter, texts(options.data, name, tokenizer)))
         print(*asdict(found[-1]).values(), flush=True)
     line = {
         "label": "int8",
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
+        **head,
         "arguments": {"model": DEFAULT_MODEL_NAME, "dtype": "bfloat16", "rows": ROWS},
         "results": [asdict(one) for one in found],
     }
     if options.out is not None:
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(options.out, line)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 Run = TypeVar("Run")
 
@@ -57,19 +55,15 @@ class Plan(Generic[Run]):
                 continue
             if options.until is not None and time.monotonic() - start_s > options.until:
                 break
-            load_before, machine = os.getloadavg(), asdict(Machine.here())
+            head = surroundings(*self.packages)
             results = self.measure(run, model, options.data)
             line = {
                 "label": self.label(run),
-                "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+                **head,
                 "arguments": self.arguments(run),
-                "machine": machine,
-                "versions": {package: version(package) for package in self.packages},
-                "load_before": load_before,
                 "results": results,
             }
-            with options.results.open("a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            append(options.results, line)
             print(line["label"], self.tell(results), flush=True)
         return 0
 

@@ -16,9 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import torch
 from torch.nn.functional import linear
 
 from motet.server.engine.types import Sampling
+from tests.bench.lines import append, surroundings
 from tests.bench.machine import Machine
 from tests.bench.make_adapters import make_adapters
 from tests.support.harness import Harness
@@ -175,17 +173,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="regression", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON lines to append to; without it the figures are only printed")
     options = parser.parse_args(argv)
+    head = surroundings("torch", "transformers")
     found = measure()
     line: dict[str, Any] = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
-        "versions": {package: version(package) for package in ("torch", "transformers")},
+        **head,
         "results": {what: round(ratio, 4) for what, ratio in found.items()},
     }
     print(json.dumps(line["results"]))
     if options.out is not None:
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(options.out, line)
     return 0
 
 

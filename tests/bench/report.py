@@ -1,12 +1,12 @@
 """A finished run as one JSON line and as a table. Knows nothing of how it was measured."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.bench.cpu_usage import CpuUsage
+from tests.bench.lines import append
 from tests.bench.load import Measurement
 from tests.bench.machine import Machine
 from tests.bench.stats import Distribution, Summary
@@ -54,28 +54,24 @@ class Record:
         )
 
 
-def append_record(path: Path, record: Record) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
-
-
 def append_timelines(path: Path, label: str, timelines: list[Timeline]) -> None:
     """One line per request, times counted from the first request due."""
     start_s = min(timeline.due_s for timeline in timelines)
-    with path.open("a") as file:
-        for timeline in timelines:
-            row = {
-                "label": label,
-                "model": timeline.model,
-                "due_s": timeline.due_s - start_s,
-                "ttft_s": timeline.ttft_s,
-                "tpot_s": timeline.tpot_s,
-                "e2e_s": timeline.e2e_s,
-                "output_tokens": timeline.output_tokens,
-                "chunk_times_s": [time_s - start_s for time_s in timeline.chunk_times_s],
-                "failure": None if timeline.failure is None else timeline.failure.kind,
-            }
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    rows = (
+        {
+            "label": label,
+            "model": timeline.model,
+            "due_s": timeline.due_s - start_s,
+            "ttft_s": timeline.ttft_s,
+            "tpot_s": timeline.tpot_s,
+            "e2e_s": timeline.e2e_s,
+            "output_tokens": timeline.output_tokens,
+            "chunk_times_s": [time_s - start_s for time_s in timeline.chunk_times_s],
+            "failure": None if timeline.failure is None else timeline.failure.kind,
+        }
+        for timeline in timelines
+    )
+    append(path, *rows)
 
 
 def table(record: Record) -> str:

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,7 +24,7 @@ from motet.adapters.methods import lower
 from motet.adapters.source import read
 from motet.adapters.spec import NOTHING_DECLARED
 from motet.server.model.default_model import ensure_default_model
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.support.bases import base_of
 from tests.support.layouts_ilora import ilora
 from tests.support.models import load_dense, tiny_llama
@@ -112,19 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    load_before = os.getloadavg()
+    head = surroundings("torch")
     networks = gate()
     line = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
-        "versions": {"torch": version("torch")},
-        "load_before": load_before,
+        **head,
         "arguments": {"threads": 1, "rounds": ROUNDS, "prompt_tokens": PROMPT_TOKENS},
         "costs": [asdict(measure(networks, waiting)) for waiting in WAITING],
         "prompt_us": prompt_us(),
     }
-    with options.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(options.out, line)
     print(*line["costs"], line["prompt_us"], sep="\n")
 
 

@@ -1,11 +1,13 @@
 """One measured run from workload to written record. Knows nothing of command lines."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.bench.catalogue import server_version
+from tests.bench.lines import append
 from tests.bench.load import Conduct, measure
-from tests.bench.report import Record, append_record, append_timelines
+from tests.bench.report import Record, append_timelines
 from tests.bench.stats import summarise
 from tests.bench.workload import Workload
 
@@ -28,7 +30,7 @@ async def run(
     measurement = await measure(conduct, workload)
     record = Record.of(label, arguments, version, measurement, summarise(measurement.timelines, slo_ttft_s))
     if out is not None:
-        append_record(out, record)
+        append(out, asdict(record))
     if requests_out is not None:
         append_timelines(requests_out, label, measurement.timelines)
     return record

@@ -11,14 +11,10 @@ Shapes: T batch rows, W the width (in and out), S indices, R rank, N units in th
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -30,7 +26,7 @@ from motet.kernels.dispatch import Backend, low_rank_plan, sparse_plan
 from motet.kernels.ops import LowRankPlan, SparsePlan
 from motet.kernels.segments import Segments, TargetShape
 from motet.kernels.sparse import SparseSegments
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.support.tolerances import TOLERANCES
 
 WIDTHS = (576, 1024, 2048, 4096, 8192)
@@ -251,14 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         for width in options.widths:
-            load_before = os.getloadavg()
+            head = surroundings("torch")
             work = [_plain(work) for work in measure_work(width, dtype)]
             switches = [_plain(switch) for switch in measure_switches(width, dtype)]
             line = {
-                "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": asdict(Machine.here()),
-                "versions": {"torch": version("torch")},
-                "load_before": load_before,
+                **head,
                 "arguments": {
                     "width": width,
                     "dtype": str(dtype).removeprefix("torch."),
@@ -270,8 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "work": work,
                 "switch": switches,
             }
-            with options.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(options.out, line)
             print(f"{dtype} {width}")
             for result in (*work, *switches):
                 print("  ", *result.values())

@@ -16,8 +16,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -27,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from motet.adapters.recipes.loop import MOMENTS, Loop, Schedule
 from motet.adapters.recipes.run import Base, Order, begin
 from motet.adapters.recipes.table import RECIPES
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 TASK, STEPS, BATCH = "wikisql", 6, 8
 """LISA draws other layers before the last step."""
@@ -129,19 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is None:
         parser.error("--out is needed, unless --only prints one method")
     for name in METHODS:
-        load_before = os.getloadavg()
+        head = surroundings("torch", "transformers", "peft")
         found = json.loads(_alone(name, model, options.data))
         line = {
             "label": name,
-            "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            **head,
             "arguments": asdict(order(name)),
-            "machine": asdict(Machine.here()),
-            "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-            "load_before": load_before,
             "results": found,
         }
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(options.out, line)
         megabytes = {key: round(found[key] / 1e6, 1) for key in found if key.endswith("_bytes")}
         print(name, megabytes, median(found["step_cpu_s"]), flush=True)
     return 0

