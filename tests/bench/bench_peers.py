@@ -17,7 +17,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tests.bench.peers.cells import SETUPS, SETUPS_IN_TURNS, Cell, Setup
 from tests.bench.peers.environment import FOLDER, missing_llama, missing_vllm
 from tests.bench.peers.process import StartError, free_port, go_first, running
 from tests.bench.peers.ratios import ratios
+from tests.bench.peers.registering import register
 from tests.bench.peers.servers import BASE, BUILDS, IN_TURNS, LLAMA, MOTET, PEFT, VLLM, Launch
 from tests.bench.run import run
 
@@ -83,6 +84,7 @@ class Served:
     """A setup whose server runs."""
 
     setup: Setup
+    url: str
     conduct: Conduct
     launch: Launch
     pid: int
@@ -101,10 +103,10 @@ def serving(run_: Run, setup: Setup) -> Iterator[Served]:
     url = f"http://127.0.0.1:{port}"
     log = FOLDER / "logs" / f"{setup.server}-{setup.registered}.log"
     with running(launch.command, launch.environment, url + launch.health, log) as pid:
-        if setup.server in (MOTET, IN_TURNS) and setup.registered:
+        if setup.server == MOTET and setup.registered:
             run_.parity.append(parity.check(url, run_.expected, BASE))
         conduct = Conduct(Endpoint.from_url(url), timeout_s=1800, allow_merged_chunks=True, server_pid=pid)
-        yield Served(setup, conduct, launch, pid)
+        yield Served(setup, url, conduct, launch, pid)
 
 
 async def touch(run_: Run, served: Served, number: int) -> None:
@@ -136,19 +138,23 @@ async def measure_server(run_: Run, setup: Setup, number: int) -> None:
 
 
 async def measure_in_turns(run_: Run, setups: Sequence[Setup], turns: int) -> None:
-    """All of them up and one asked at a time, for differences that are smaller than those between two rounds.
+    """One server as each of the setups, again and again: two servers of the same kind differ by some percent.
 
     Raises:
-        StartError, WarmupError, ParityError: as `serving` and `touch` do.
+        StartError, WarmupError, ParityError: as `measure_server` does.
+        HTTPError: it did not load or unload an adapter.
     """
-    with contextlib.ExitStack() as stack:
-        order = [stack.enter_context(serving(run_, setup)) for setup in setups]
-        for served in order:
-            await touch(run_, served, turns)
+    with serving(run_, Setup(IN_TURNS, 0, ())) as served:
         for number in range(turns):
-            for served in order:
-                await measure_cells(run_, served, number)
-            order.reverse()
+            for setup in setups if number % 2 == 0 else reversed(setups):
+                register(served.url, run_.folders[: setup.registered])
+                if number == 0 and setup.registered:
+                    run_.parity.append(parity.check(served.url, run_.expected, BASE))
+                now = replace(served, setup=setup)
+                await touch(run_, now, number)
+                # Other prompts than the other setups', or its prefix cache would know them.
+                own = replace(run_, seed=run_.seed + 1_000_000 * setup.registered)
+                await measure_cells(own, now, number)
 
 
 def measure_peft(run_: Run, setup: Setup, number: int) -> None:
@@ -227,7 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--servers", type=_names, default=(MOTET, LLAMA, VLLM, PEFT), help="separated by commas")
     parser.add_argument("--most-registered", type=int, default=1000, help="leave out setups with more adapters")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=8, help="of servers that are up together (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=8, help="with and without adapters (default %(default)s)")
     parser.add_argument("--waves", type=int, default=2, help="requests for each in flight (default %(default)s)")
     parser.add_argument("--seed", type=int, help="default: a fresh one, recorded")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines of this run; must not exist")

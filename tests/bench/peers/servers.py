@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from tests.bench.peers import converted
 from tests.bench.peers.environment import FOLDER, LLAMA_SDIST, LLAMA_SERVER, VLLM_PACKAGES, VLLM_PYTHON
+from tests.bench.peers.registering import ADMIN_KEY
 
 MOTET, LLAMA, VLLM, PEFT = "motet", "llama.cpp", "vllm", "peft"
 IN_TURNS = "motet in turns"
-"""Motet too, two of them up together."""
+"""Motet too, one server that is told of adapters and rid of them in turns."""
 BASE = "base"
 """What every server calls its base model."""
 _THREADS = 2
@@ -63,6 +64,15 @@ def motet(model: Path, adapters: Sequence[Path], port: int) -> Launch:
     )
 
 
+def motet_in_turns(model: Path, adapters: Sequence[Path], port: int) -> Launch:
+    """Motet whose adapters come and go by `registering`."""
+    launch = motet(model, adapters, port)
+    more = ["--adapter-root", str(FOLDER / "adapters")]
+    return replace(
+        launch, command=[*launch.command, *more], environment={**launch.environment, "MOTET_ADMIN_KEY": ADMIN_KEY}
+    )
+
+
 def llama(model: Path, adapters: Sequence[Path], port: int) -> Launch:
     """llama.cpp's own server. A request lists the adapters it wants; the others are off."""
     command = [str(LLAMA_SERVER), "--model", str(converted.model_file(model)), "--alias", BASE, "--port", str(port)]
@@ -94,4 +104,4 @@ def vllm(model: Path, adapters: Sequence[Path], port: int) -> Launch:
     return Launch(command, "/health", VLLM_PACKAGES[-1], environment)
 
 
-BUILDS: Mapping[str, Build] = {MOTET: motet, IN_TURNS: motet, LLAMA: llama, VLLM: vllm}
+BUILDS: Mapping[str, Build] = {MOTET: motet, IN_TURNS: motet_in_turns, LLAMA: llama, VLLM: vllm}
