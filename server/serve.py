@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,12 @@ def _prepare_steps(steps: Steps, threads: int) -> None:
         steps.runner.run(plan)
 
 
+def keep_for_good() -> None:
+    """Take what exists by now out of the collector's sight: looking through it stopped every stream for 0.24 s."""
+    gc.collect()
+    gc.freeze()
+
+
 def run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[str]], None]) -> None:
     """Serve until a signal ends it; `ready` hears the adapters' names once requests are answered."""
     asyncio.run(_run(config, assembled, ready))
@@ -202,6 +209,7 @@ async def _run(config: ServeConfig, assembled: Assembled, ready: Callable[[list[
         )
         service.apply_quotas(service.registry.published())
         await warm_up(service)
+        keep_for_good()
         names = [info.version.name for info in service.registry.published()]
         await DrainingServer(settings, service, config.drain_timeout, lambda: ready(names)).serve()
 
